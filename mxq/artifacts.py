@@ -1,0 +1,98 @@
+"""What the stages hand to each other: frozen values with their provenance.
+
+``search`` reads and writes these too, so nothing here needs torch: tensors of an artifact live in
+``mxq.storage`` files beside the JSON.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mxq.scheme import Scheme
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """What an artifact was made from; a later stage refuses one that does not fit.
+
+    ``settings`` are the options that change the result; ``versions`` are for the reader.
+    """
+
+    model_digest: str
+    calibration_digest: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockInfo:
+    """The numbers of one linear block that an allocation needs: no tensor, no file.
+
+    ``site`` groups blocks that an engine holds together: the experts of one layer share a site,
+    every other linear is a site of its own. ``tokens`` is how many calibration tokens reached it.
+    """
+
+    name: str
+    layer: int
+    expert: int | None
+    projection: str
+    out_features: int
+    in_features: int
+    tokens: int
+    site: str
+
+
+@dataclass(frozen=True, slots=True)
+class SensitivityTable:
+    """Predicted loss of every block under every scheme.
+
+    ``loss[b][s]`` is the loss of ``blocks[b]`` at ``schemes[s]`` in ``unit``, infinite where the
+    scheme does not fit the block. ``calibration_tokens`` is the number of tokens behind it.
+    ``quantizer[b][s]`` names the quantizer that was the better one on held-out activations.
+    ``rotated_layers`` are the layers whose block inputs are rotated.
+    """
+
+    blocks: tuple[BlockInfo, ...]
+    schemes: tuple[Scheme, ...]
+    loss: tuple[tuple[float, ...], ...]
+    quantizer: tuple[tuple[str, ...], ...]
+    metric: str
+    unit: str
+    calibration_tokens: int
+    rotated_layers: tuple[int, ...]
+    provenance: Provenance
+
+    def __post_init__(self) -> None:
+        """Raise ValueError unless the table is rectangular."""
+        shape = (len(self.blocks), len(self.schemes))
+        for name, rows in (("loss", self.loss), ("quantizer", self.quantizer)):
+            if len(rows) != shape[0] or any(len(row) != shape[1] for row in rows):
+                raise ValueError(f"{name} is not {shape[0]} blocks x {shape[1]} schemes")
+
+
+@dataclass(frozen=True, slots=True)
+class Allocation:
+    """One scheme for every block, and what the solver knows about it.
+
+    ``predicted_loss`` is the sum of the chosen entries, ``bound`` a proven lower bound of the best
+    sum under the same budgets, ``proven`` says whether the two agree to the solver's gap.
+    ``predicted_latency_us`` is None where no latency was asked for.
+    """
+
+    schemes: Mapping[str, Scheme]
+    predicted_loss: float
+    bound: float
+    proven: bool
+    storage_bits: int
+    weights: int
+    asked_bits: float
+    unit: str
+    description: str
+    rotated_layers: tuple[int, ...] = ()
+    predicted_latency_us: float | None = None
+    latency_source: str | None = None
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits of the blocks, metadata included, per weight."""
+        return self.storage_bits / self.weights
