@@ -1,0 +1,46 @@
+"""Quantizers: a weight, a scheme and the inputs' second moments become codes on a grid.
+
+A quantizer is a plain function ``(w_NK, scheme, hessian_KK | None) -> QuantizedWeight`` that knows
+no model and no file. The built-in ones take leading batch dimensions; ``per_matrix`` lifts one
+that does not, so a user's own function needs to handle a single matrix only.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from mxq.numerics import QuantizedWeight
+from mxq.quantizers.gptq import quantize_gptq
+from mxq.quantizers.rtn import quantize_rtn
+from mxq.scheme import Scheme
+
+Quantizer = Callable[[Tensor, Scheme, Tensor | None], QuantizedWeight]
+
+QUANTIZERS: Mapping[str, Quantizer] = {"gptq": quantize_gptq, "rtn": quantize_rtn}
+
+
+def per_matrix(quantizer: Quantizer) -> Quantizer:
+    """The quantizer applied to each matrix of a batch [B, N, K] in turn."""
+
+    def batched(w_BNK: Tensor, scheme: Scheme, hessian_BKK: Tensor | None) -> QuantizedWeight:
+        if w_BNK.dim() == 2:
+            return quantizer(w_BNK, scheme, hessian_BKK)
+        hessians = [None] * len(w_BNK) if hessian_BKK is None else list(hessian_BKK)
+        parts = [quantizer(w, scheme, h) for w, h in zip(w_BNK, hessians, strict=True)]
+        return QuantizedWeight(
+            torch.stack([part.codes_NK for part in parts]),
+            _stack([part.scale_NG for part in parts]),
+            _stack([part.zero_NG for part in parts]),
+            scheme,
+        )
+
+    return batched
+
+
+def _stack(parts: list[Tensor | None]) -> Tensor | None:
+    present = [part for part in parts if part is not None]
+    return torch.stack(present) if len(present) == len(parts) else None
+
+
+__all__ = ["QUANTIZERS", "Quantizer", "per_matrix", "quantize_gptq", "quantize_rtn"]

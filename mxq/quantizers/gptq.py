@@ -1,0 +1,112 @@
+"""GPTQ (arXiv 2210.17323): round one input column at a time and let the later ones make up for it.
+
+Differences from the common code: columns go in order of falling second moment while every group
+keeps the grid that a clip search found on the original weights (activation order with static
+groups, so no index is stored); many experts are done at once as a batch; an input that never
+occurred keeps its weights (rounded to nearest) instead of becoming zero.
+"""
+
+import torch
+from torch import Tensor
+
+from mxq.numerics import QuantizedWeight, check_groups, search_grid
+from mxq.quantizers.rtn import on_grid, quantize_rtn
+from mxq.scheme import Scheme
+
+DAMPING = 0.01
+"""Share of the mean second moment that is added to the diagonal."""
+
+COLUMN_BLOCK = 128
+"""Columns whose corrections are kept local before one matrix product spreads them."""
+
+
+def quantize_gptq(
+    w_NK: Tensor, scheme: Scheme, hessian_KK: Tensor | None = None
+) -> QuantizedWeight:
+    """Codes that keep ``W x`` rather than ``W``, for inputs with second moments ``hessian_KK``.
+
+    Without a Hessian, and for the float formats, this is round to nearest.
+
+    Raises:
+        ValueError: If the group size does not divide K, or the Hessian is not finite.
+    """
+    if hessian_KK is None or scheme.kind != "int":
+        return quantize_rtn(w_NK, scheme, hessian_KK)
+    check_groups(w_NK.shape[-1], scheme)
+    if w_NK.dim() == 2:
+        return quantize_gptq(w_NK[None], scheme, hessian_KK[None])[0]
+    hessian = hessian_KK.to(torch.float32)
+    if not torch.isfinite(hessian).all():
+        raise ValueError("the second moments of the inputs are not finite")
+    scale_BNG, zero_BNG = search_grid(w_NK, scheme, hessian.diagonal(dim1=-2, dim2=-1))
+    order_BK = hessian.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
+    factor_BKK = _inverse_factor(_permute_both(hessian, order_BK))
+    codes_BNK = _round_columns(
+        _permute_columns(w_NK.to(torch.float32), order_BK),
+        _permute_columns(_per_column(scale_BNG, w_NK.shape[-1]), order_BK),
+        _permute_columns(_per_column(zero_BNG, w_NK.shape[-1]), order_BK),
+        factor_BKK,
+        2**scheme.w_bits - 1,
+    )
+    codes_BNK = _permute_columns(codes_BNK, order_BK.argsort(-1))
+    return on_grid(codes_BNK, scale_BNG, zero_BNG, scheme)
+
+
+def _round_columns(
+    w_BNK: Tensor, scale_BNK: Tensor, zero_BNK: Tensor, factor_BKK: Tensor, top: int
+) -> Tensor:
+    """The GPTQ recursion on columns already in order; ``w_BNK`` is consumed. Codes uint8."""
+    codes_BNK = torch.empty_like(w_BNK, dtype=torch.uint8)
+    columns = w_BNK.shape[-1]
+    for start in range(0, columns, COLUMN_BLOCK):
+        stop = min(start + COLUMN_BLOCK, columns)
+        errors = torch.zeros_like(w_BNK[..., start:stop])
+        for column in range(start, stop):
+            scale, zero = scale_BNK[..., column], zero_BNK[..., column]
+            w_BN = w_BNK[..., column]
+            code_BN = (w_BN / scale + zero).round_().clamp_(0, top)
+            codes_BNK[..., column] = code_BN.to(torch.uint8)
+            row = factor_BKK[:, column, column:stop]
+            error_BN = (w_BN - (code_BN - zero) * scale) / row[:, :1]
+            errors[..., column - start] = error_BN
+            w_BNK[..., column:stop] -= error_BN[..., None] * row[:, None, :]
+        w_BNK[..., stop:] -= errors @ factor_BKK[:, start:stop, stop:]
+    return codes_BNK
+
+
+def _inverse_factor(hessian_BKK: Tensor) -> Tensor:
+    """Upper Cholesky factor of the inverse of each damped Hessian.
+
+    The damping is raised tenfold for a matrix that is not positive definite, until it is.
+    """
+    diagonal = hessian_BKK.diagonal(dim1=-2, dim2=-1)
+    mean_B = diagonal.mean(-1)
+    mean_B = torch.where(mean_B > 0, mean_B, torch.ones_like(mean_B))
+    eye = torch.eye(hessian_BKK.shape[-1], device=hessian_BKK.device)
+    # A dead input has a zero row and column: with 1 on the diagonal it is simply independent.
+    dead = torch.diag_embed((diagonal == 0).to(hessian_BKK.dtype) * mean_B[:, None])
+    damping_B = torch.full_like(mean_B, DAMPING)
+    for _ in range(6):
+        damped = hessian_BKK + dead + (damping_B * mean_B)[:, None, None] * eye
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed.any():
+            inverse = torch.cholesky_inverse(lower)
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+        if not failed.any():
+            return upper
+        damping_B = torch.where(failed > 0, damping_B * 10, damping_B)
+    raise ValueError("the second moments of the inputs are not positive definite, even damped")
+
+
+def _per_column(grid_BNG: Tensor, columns: int) -> Tensor:
+    """Grid values repeated for each column of their group, [B, N, K]."""
+    return grid_BNG.repeat_interleave(columns // grid_BNG.shape[-1], dim=-1)
+
+
+def _permute_columns(w_BNK: Tensor, order_BK: Tensor) -> Tensor:
+    return w_BNK.gather(-1, order_BK[:, None, :].expand_as(w_BNK))
+
+
+def _permute_both(hessian_BKK: Tensor, order_BK: Tensor) -> Tensor:
+    rows = hessian_BKK.gather(-2, order_BK[:, :, None].expand_as(hessian_BKK))
+    return rows.gather(-1, order_BK[:, None, :].expand_as(hessian_BKK))
