@@ -1,0 +1,316 @@
+"""A model as linear blocks: which weights get a scheme, which stay, and how they are seen at work.
+
+A *site* is a module whose inputs are captured as one: a plain linear, or all routed experts of a
+layer. Everything above this folder works with blocks and sites and knows no family's name.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from mxq.blocks import LinearBlock, write_block
+from mxq.models.experts import (
+    Experts,
+    dense_linear,
+    expert_count,
+    expert_output,
+    is_fused_experts,
+    locate,
+    projection_shapes,
+    route,
+)
+from mxq.models.source import EXPERTS_FUNCTION, ModelSource
+from mxq.numerics import fake_quantize_input, rotate, unrotate
+from mxq.scheme import Scheme
+
+Scope = Literal["auto", "experts", "all"]
+SCOPES: tuple[Scope, ...] = ("auto", "experts", "all")
+
+_ROUTER_PARTS = {"gate", "router", "shared_expert_gate"}
+"""Roles in a module path that decide where a token goes; they stay in their type."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capture:
+    """What one call of one site saw. ``output`` is part of the graph where gradients are on.
+
+    For a linear, ``index_TR`` and ``weights_TR`` are None and every row of ``x_TK`` passes; for
+    experts they are the router's choice and R is its top-k.
+    """
+
+    site: str
+    x_TK: Tensor
+    output: Tensor
+    index_TR: Tensor | None = None
+    weights_TR: Tensor | None = None
+
+
+Sink = Callable[[Capture], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """Every parameter of the model: quantized, or kept with the reason."""
+
+    quantized: tuple[str, ...]
+    kept: Mapping[str, str]
+
+
+class ModelAdapter:
+    """The blocks of a model and the sites where they work.
+
+    ``scope`` "experts" takes the feed-forward side (routed and shared experts, dense layers'
+    MLPs), "all" every linear of the decoder layers, "auto" the first for a mixture of experts and
+    the second for a dense model. ``keep`` are regular expressions of parameter names to leave.
+
+    Raises:
+        ValueError: If a parameter looks like a weight and neither a block nor a rule covers it.
+    """
+
+    def __init__(
+        self, source: ModelSource, *, scope: Scope = "auto", keep: Sequence[str] = ()
+    ) -> None:
+        self.source = source
+        self._keep = [re.compile(pattern) for pattern in keep]
+        experts = [name for name, m in source.model.named_modules() if is_fused_experts(m)]
+        self.is_moe = any(name.startswith(source.layers_name + ".") for name in experts)
+        self.scope: Scope = scope if scope != "auto" else ("experts" if self.is_moe else "all")
+        self._moe_children = {self._relative(name).split(".")[0] for name in experts}
+        self.sites: dict[str, str] = {}
+        self._blocks = tuple(self._find_blocks())
+        self._by_name = {block.name: block for block in self._blocks}
+        self.coverage = self._cover()
+
+    def blocks(self, layer: int | None = None) -> tuple[LinearBlock, ...]:
+        """All blocks, or those of one layer, in the order of the module tree."""
+        return tuple(b for b in self._blocks if layer is None or b.layer == layer)
+
+    def block(self, name: str) -> LinearBlock:
+        """The block of that name."""
+        return self._by_name[name]
+
+    def site_blocks(self, site: str) -> tuple[LinearBlock, ...]:
+        """The blocks of one site; a single one for a linear."""
+        return tuple(block for block in self._blocks if self.site_of(block) == site)
+
+    def site_of(self, block: LinearBlock) -> str:
+        """The site that a block belongs to."""
+        return block.name if block.expert is None else block.name.rsplit(".", 2)[0]
+
+    def module(self, site: str) -> nn.Module:
+        """The module of a site."""
+        return self.source.model.get_submodule(self.sites[site])
+
+    def parameter(self, block: LinearBlock) -> nn.Parameter:
+        """The parameter that holds a block."""
+        return self.source.model.get_parameter(block.tensor)
+
+    @contextmanager
+    def recording(self, layer: int, sink: Sink) -> Iterator[None]:
+        """Give every call of the layer's sites to ``sink`` while the context is open."""
+        handles = []
+        sites = {self.site_of(block) for block in self.blocks(layer)}
+        for site in sorted(sites):
+            module = self.module(site)
+            if is_fused_experts(module):
+                handles.append(_set(module, "mxq_sink", (site, sink)))
+            else:
+                handles.append(module.register_forward_hook(_linear_hook(site, sink)).remove)
+        try:
+            yield
+        finally:
+            for undo in handles:
+                undo()
+
+    def install(
+        self, layer: int, weights: Mapping[str, Tensor], schemes: Mapping[str, Scheme], rotated: bool
+    ) -> None:
+        """Put dequantized weights into a loaded layer and round inputs as the schemes say.
+
+        ``weights`` are as stored, so rotated where ``rotated`` is set; they are turned back.
+        """
+        for name, w_NK in weights.items():
+            block = self.block(name)
+            write_block(self.parameter(block), block, unrotate(w_NK) if rotated else w_NK)
+        rounded = {n: s for n, s in schemes.items() if s.a_bits < 16 and n in weights}
+        for site in {self.site_of(self.block(name)) for name in rounded}:
+            module = self.module(site)
+            if is_fused_experts(module):
+                module.mxq_inputs = _expert_inputs(self.site_blocks(site), rounded, rotated)  # type: ignore[assignment]
+            else:
+                module.register_forward_pre_hook(_input_hook(rounded[site], rotated))
+
+    def _relative(self, name: str) -> str:
+        """Path below the decoder layer: ``mlp.experts`` of ``model.layers.0.mlp.experts``."""
+        return name[len(self.source.layers_name) + 1 :].partition(".")[2]
+
+    def _find_blocks(self) -> Iterator[LinearBlock]:
+        for layer, module in enumerate(self.source.layers):
+            inner = dict(module.named_modules())
+            fused = [path for path, m in inner.items() if is_fused_experts(m)]
+            for path, child in inner.items():
+                if path in fused:
+                    label = path.rsplit(".", 1)[-1] if len(fused) == 1 else path
+                    yield from self._expert_blocks(layer, path, label, child)
+                elif type(child) is nn.Linear and self._takes(layer, path, child):
+                    yield self._linear_block(layer, path, child)
+
+    def _takes(self, layer: int, path: str, linear: nn.Linear) -> bool:
+        name = f"{self.source.layer_path(layer)}.{path}.weight"
+        if is_router(path) or any(pattern.search(name) for pattern in self._keep):
+            return False
+        return self.scope == "all" or path.split(".")[0] in self._moe_children
+
+    def _linear_block(self, layer: int, path: str, linear: nn.Linear) -> LinearBlock:
+        name = f"layers.{layer}.{path}"
+        module = f"{self.source.layer_path(layer)}.{path}"
+        self.sites[name] = module
+        return LinearBlock(
+            name=name,
+            layer=layer,
+            expert=None,
+            projection=path.rsplit(".", 1)[-1],
+            out_features=linear.out_features,
+            in_features=linear.in_features,
+            tensor=f"{module}.weight",
+            module=module,
+        )
+
+    def _expert_blocks(
+        self, layer: int, path: str, label: str, module: nn.Module
+    ) -> Iterator[LinearBlock]:
+        site, full = f"layers.{layer}.{label}", f"{self.source.layer_path(layer)}.{path}"
+        if any(pattern.search(f"{full}.down_proj") for pattern in self._keep):
+            return
+        self.sites[site] = full
+        transposed = cast(Experts, module).is_transposed
+        for expert in range(expert_count(module)):
+            for projection, (n, k) in projection_shapes(module).items():
+                tensor, index = locate(module, expert, projection)
+                yield LinearBlock(
+                    name=f"{site}.{expert}.{projection}",
+                    layer=layer,
+                    expert=expert,
+                    projection=projection,
+                    out_features=n,
+                    in_features=k,
+                    tensor=f"{full}.{tensor}",
+                    module=f"{full}.{expert}.{projection}_proj",
+                    index=index,
+                    transposed=transposed,
+                )
+
+    def _cover(self) -> Coverage:
+        quantized = {block.tensor for block in self._blocks}
+        kept, uncovered = {}, []
+        linears = {f"{n}.weight" for n, m in self.source.model.named_modules() if _is_plain(m)}
+        for name, parameter in self.source.model.named_parameters():
+            reason = self._reason_to_keep(name, parameter, name in linears)
+            if name in quantized:
+                continue
+            if reason is None:
+                uncovered.append(f"{name} {tuple(parameter.shape)}")
+            else:
+                kept[name] = reason
+        if uncovered:
+            listed = "\n  ".join(uncovered[:20])
+            raise ValueError(
+                f"{len(uncovered)} parameters look like weights and no rule covers them:\n  {listed}"
+                "\nKeep them in their type with --keep PATTERN (a regular expression of the name)"
+            )
+        return Coverage(tuple(sorted(quantized)), kept)
+
+    def _reason_to_keep(self, name: str, parameter: Tensor, is_linear: bool) -> str | None:
+        if any(pattern.search(name) for pattern in self._keep):
+            return "kept on request"
+        if parameter.dim() < 2:
+            return "vector (norm, bias)"
+        if not name.startswith(self.source.layers_name + "."):
+            return "outside the decoder layers (embedding, head)"
+        if is_router(name.rpartition(".")[0]):
+            return "router"
+        if name.endswith("_bias"):
+            return "expert bias"
+        return f"outside the scope {self.scope!r}" if is_linear else None
+
+
+def is_router(path: str) -> bool:
+    """Whether a module path names a part that decides where a token goes."""
+    return any(part in _ROUTER_PARTS or part.startswith("router") for part in path.split("."))
+
+
+def run_experts(
+    module: nn.Module, hidden_TH: Tensor, index_TR: Tensor, weights_TR: Tensor
+) -> Tensor:
+    """The experts function that mxq registers with transformers: plain, recordable."""
+    experts = cast(Experts, module)
+    inputs: Mapping[tuple[int, str], Callable[[Tensor], Tensor]]
+    inputs = getattr(module, "mxq_inputs", None) or {}
+
+    def output(expert: int, x_TH: Tensor) -> Tensor:
+        dense = dense_linear(module, expert)
+        identity = _identity
+        return expert_output(
+            experts, lambda p, x: dense(p, inputs.get((expert, p), identity)(x)), x_TH
+        )
+
+    total_TH = route(hidden_TH, index_TR, weights_TR, expert_count(module), output)
+    watched: tuple[str, Sink] | None = getattr(module, "mxq_sink", None)
+    if watched is not None:
+        site, sink = watched
+        sink(Capture(site, hidden_TH, total_TH, index_TR, weights_TR))
+    return total_TH
+
+
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS_FUNCTION, run_experts)
+
+
+def _linear_hook(site: str, sink: Sink) -> Callable[[nn.Module, Any, Tensor], None]:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        sink(Capture(site, args[0].flatten(0, -2), output))
+
+    return hook
+
+
+def _input_hook(scheme: Scheme, rotated: bool) -> Callable[[nn.Module, Any], tuple[Tensor, ...]]:
+    round_input = _input_rounding(scheme, rotated)
+    return lambda module, args: (round_input(args[0]), *args[1:])
+
+
+def _expert_inputs(
+    blocks: Sequence[LinearBlock], schemes: Mapping[str, Scheme], rotated: bool
+) -> dict[tuple[int, str], Callable[[Tensor], Tensor]]:
+    return {
+        (block.expert, block.projection): _input_rounding(schemes[block.name], rotated)
+        for block in blocks
+        if block.expert is not None and block.name in schemes
+    }
+
+
+def _input_rounding(scheme: Scheme, rotated: bool) -> Callable[[Tensor], Tensor]:
+    def round_input(x: Tensor) -> Tensor:
+        return unrotate(fake_quantize_input(rotate(x), scheme)) if rotated else fake_quantize_input(x, scheme)
+
+    return round_input
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return type(module) is nn.Linear
+
+
+def _set(module: nn.Module, name: str, value: object) -> Callable[[], None]:
+    setattr(module, name, value)
+    return lambda: delattr(module, name)
+
+
+__all__ = ["Capture", "Coverage", "ModelAdapter", "SCOPES", "Scope", "Sink", "is_router", "torch"]

@@ -1,0 +1,191 @@
+"""Run a model's own forward for all batches at once, stopping at every decoder layer.
+
+Each batch runs the real forward in its own thread; a decoder layer is a meeting point where the
+thread waits. The controller sees the calls of layer i of all batches, so the layer's weights are
+read once, used for every batch and dropped. Masks, position embeddings and state that passes from
+layer to layer are made by the model's own code, whatever the family. Only one thread runs at a
+time: the threads are coroutines, not parallelism.
+"""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCall:
+    """One batch's call of one decoder layer."""
+
+    forward: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @property
+    def hidden(self) -> Tensor:
+        """The hidden states that enter the layer, [batch, sequence, H]."""
+        hidden = self.args[0] if self.args else self.kwargs["hidden_states"]
+        assert isinstance(hidden, Tensor)
+        return hidden
+
+    def with_hidden(self, hidden: Tensor) -> "LayerCall":
+        """The same call with other hidden states."""
+        if self.args:
+            return LayerCall(self.forward, (hidden, *self.args[1:]), self.kwargs)
+        return LayerCall(self.forward, (), {**self.kwargs, "hidden_states": hidden})
+
+    def run(self) -> Any:
+        """Output of the layer as it is now; calling again gives the same."""
+        return self.forward(*self.args, **self.kwargs)
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states in a decoder layer's output, which may be a tuple."""
+    hidden = output[0] if isinstance(output, tuple) else output
+    assert isinstance(hidden, Tensor)
+    return hidden
+
+
+def with_hidden_output(output: Any, hidden: Tensor) -> Any:
+    """A decoder layer's output with other hidden states."""
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+OnLayer = Callable[[int, list[LayerCall]], list[Any]]
+"""``(layer, calls) -> outputs``, one output for each call."""
+
+OnResult = Callable[[int, Any], None]
+"""``(batch, model output)``; the output is dropped after the call."""
+
+
+def run_in_lockstep(
+    model: nn.Module,
+    layers: Sequence[nn.Module],
+    batches: Sequence[Tensor],
+    on_layer: OnLayer,
+    on_result: OnResult | None = None,
+) -> None:
+    """Run ``model(input_ids=batch)`` for all batches, layer by layer.
+
+    Parameters require no gradient here, so a graph grows only behind a hidden state that
+    ``on_layer`` returned with ``requires_grad``.
+
+    Raises:
+        Whatever the model, ``on_layer`` or ``on_result`` raise; no thread is left behind.
+    """
+    meeting = _Meeting()
+    originals = [layer.forward for layer in layers]
+    for index, layer in enumerate(layers):
+        layer.forward = meeting.stand_in(index, originals[index])
+    runners = [_Runner(model, batch, meeting) for batch in batches]
+    try:
+        _drive(runners, layers, on_layer, on_result)
+    finally:
+        for runner in runners:
+            runner.abandon()
+        for layer in layers:
+            del layer.forward
+
+
+def _drive(
+    runners: "list[_Runner]",
+    layers: Sequence[nn.Module],
+    on_layer: OnLayer,
+    on_result: OnResult | None,
+) -> None:
+    for runner in runners:
+        runner.advance(None)
+    for index in range(len(layers)):
+        calls = [runner.call_of(index) for runner in runners]
+        for runner, output in zip(runners, on_layer(index, calls), strict=True):
+            runner.waiting_output = output
+        last = index == len(layers) - 1
+        del calls
+        for batch, runner in enumerate(runners):
+            runner.advance(runner.waiting_output)
+            if last:
+                if on_result is not None:
+                    on_result(batch, runner.result)
+                runner.result = None
+
+
+class _Abandoned(BaseException):
+    """Ends a waiting thread; not an Exception, so that no model code catches it."""
+
+
+class _Meeting:
+    """Finds the runner of the current thread for the stand-ins of the layers."""
+
+    def __init__(self) -> None:
+        self.local = threading.local()
+
+    def stand_in(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def wait(*args: Any, **kwargs: Any) -> Any:
+            runner: _Runner = self.local.runner
+            return runner.meet(index, LayerCall(forward, args, kwargs))
+
+        return wait
+
+
+class _Runner(threading.Thread):
+    """One batch's forward pass, stopped at each layer."""
+
+    def __init__(self, model: nn.Module, batch: Tensor, meeting: _Meeting) -> None:
+        super().__init__(daemon=True)
+        self.model, self.batch, self.meeting = model, batch, meeting
+        self.call: tuple[int, LayerCall] | None = None
+        self.waiting_output: Any = None
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self._abandoned = False
+        self._to_controller, self._to_model = threading.Event(), threading.Event()
+
+    def run(self) -> None:
+        self.meeting.local.runner = self
+        try:
+            with torch.enable_grad():
+                self.result = self.model(input_ids=self.batch, use_cache=False)
+        except _Abandoned:
+            pass
+        except BaseException as error:  # noqa: BLE001 - handed to the controller, which raises it
+            self.error = error
+        self.call = None
+        self._to_controller.set()
+
+    def meet(self, index: int, call: LayerCall) -> Any:
+        """Called in the model's thread: wait for the controller's output of this layer."""
+        self.call = (index, call)
+        self._to_controller.set()
+        self._to_model.wait()
+        self._to_model.clear()
+        if self._abandoned:
+            raise _Abandoned
+        output, self.waiting_output = self.waiting_output, None
+        return output
+
+    def advance(self, output: Any) -> None:
+        """Called by the controller: let the model run to the next layer or to its end."""
+        self._to_controller.clear()
+        self.call, self.waiting_output = None, output
+        if self.ident is None:
+            self.start()
+        else:
+            self._to_model.set()
+        self._to_controller.wait()
+        if self.error is not None:
+            raise self.error
+
+    def call_of(self, index: int) -> LayerCall:
+        if self.call is None or self.call[0] != index:
+            found = "the end" if self.call is None else f"layer {self.call[0]}"
+            raise RuntimeError(f"the model went to {found} where layer {index} was expected")
+        return self.call[1]
+
+    def abandon(self) -> None:
+        if self.is_alive():
+            self._abandoned = True
+            self._to_model.set()
+            self.join()

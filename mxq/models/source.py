@@ -1,0 +1,275 @@
+"""A model as a skeleton whose layers are filled from safetensors files one at a time.
+
+Names, merging of per-expert tensors and types are transformers' own: a layer is loaded by the
+conversion code of ``from_pretrained`` run on that layer's keys alone, so a streamed layer equals a
+loaded one bit for bit. Only the embeddings, the final norm and the head stay in memory.
+"""
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import LoadStateDictConfig, _load_parameter_into_model
+
+EXPERTS_FUNCTION = "mxq"
+"""Name under which mxq's experts function is registered with transformers."""
+
+_WANTED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja")
+
+
+class ModelSource:
+    """A causal language model of which one decoder layer at a time is in memory.
+
+    ``model`` is the transformers module tree with the decoder layers on the meta device;
+    ``layers`` are those layers and ``layers_name`` their path.
+    """
+
+    def __init__(self, folder: Path, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        self.folder = folder
+        self.model = model
+        self.dtype = dtype
+        self.files = checkpoint_files(folder)
+        self.layers_name, self.layers = find_decoder_layers(model)
+        self._mapping = get_model_conversion_mapping(model)
+        self._keys = self._index_keys()
+        self._fill_what_no_file_holds()
+        self._load(lambda target: not target.startswith(self.layers_name + "."))
+        model.tie_weights()
+
+    def layer_path(self, layer: int) -> str:
+        """Path of a decoder layer in the module tree."""
+        return f"{self.layers_name}.{layer}"
+
+    def load_layer(self, layer: int) -> nn.Module:
+        """Fill one decoder layer from the files."""
+        prefix = self.layer_path(layer) + "."
+        self._load(lambda target: target.startswith(prefix))
+        return self.layers[layer]
+
+    def free_layer(self, layer: int) -> None:
+        """Drop the weights of one decoder layer."""
+        for module in self.layers[layer].modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(
+                        parameter.detach().to("meta"), requires_grad=False
+                    )
+            for name, buffer in module._buffers.items():
+                if buffer is not None and name not in module._non_persistent_buffers_set:
+                    module._buffers[name] = buffer.to("meta")
+
+    def digest(self) -> str:
+        """Digest of the configuration and of the weights.
+
+        Of each file the header, the size and 64 evenly spaced samples of 64 KiB are read, which
+        tells any two checkpoints apart that differ in more than a few isolated bytes.
+        """
+        total = hashlib.sha256((self.folder / "config.json").read_bytes())
+        for name in sorted(set(self.files.values())):
+            total.update(name.encode())
+            _sample_file(self.folder / name, total)
+        return total.hexdigest()
+
+    def _index_keys(self) -> Mapping[str, Sequence[str]]:
+        """Keys of the files that make up each parameter of the module tree."""
+        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
+        meta = self.model.state_dict()
+        keys: dict[str, list[str]] = defaultdict(list)
+        self._filled: set[str] = set()
+        for key in sorted(self.files, key=dot_natural_key):
+            target, pattern = rename_source_key(
+                key, renamings, converters, self.model.base_model_prefix, meta
+            )
+            if target not in meta and key in meta:
+                target, pattern = key, None
+            if target in meta:
+                keys[target].append(key)
+                self._filled |= {target, *_siblings(target, pattern, converters)}
+        return keys
+
+    def _fill_what_no_file_holds(self) -> None:
+        """Buffers and tied or absent parameters get their values as in ``from_pretrained``."""
+        meta = self.model.state_dict()
+        missing = set(meta) - self._filled - set(self.model.all_tied_weights_keys or ())
+        weights = [name for name in missing if meta[name].dim() >= 2]
+        if weights:
+            raise ValueError(
+                f"{self.folder} lacks {len(weights)} weights of its own architecture, "
+                f"first {sorted(weights)[0]!r}: the checkpoint is incomplete"
+            )
+        buffers = dict(self.model.named_non_persistent_buffers())
+        for name in missing:
+            _load_parameter_into_model(self.model, name, torch.empty_like(meta[name], device="cpu"))
+        for name, buffer in buffers.items():
+            _load_parameter_into_model(self.model, name, torch.empty_like(buffer, device="cpu"))
+        with torch.no_grad():
+            self.model.initialize_weights()
+        for module in self.model.modules():
+            if hasattr(module, "_is_hf_initialized"):
+                module._is_hf_initialized = True  # type: ignore[assignment]
+
+    def _load(self, wanted: Any) -> None:
+        targets = [target for target in self._keys if wanted(target)]
+        with ExitStack() as stack:
+            slices = self._slices([key for t in targets for key in self._keys[t]], stack)
+            config = LoadStateDictConfig(
+                dtype=self.dtype,
+                dtype_plan=self.model._get_dtype_plan(self.dtype),
+                weight_mapping=deepcopy(self._mapping),
+            )
+            loaded, _ = convert_and_load_state_dict_in_model(self.model, slices, config)
+        problems = [*loaded.conversion_errors, *loaded.mismatched_keys, *loaded.unexpected_keys]
+        if problems:
+            raise ValueError(f"{self.folder}: transformers could not load {problems[:3]}")
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+
+    def _slices(self, keys: Sequence[str], stack: ExitStack) -> dict[str, Any]:
+        opened: dict[str, Any] = {}
+        for name in sorted({self.files[key] for key in keys}):
+            opened[name] = stack.enter_context(_open_safetensors(self.folder / name))
+        return {key: opened[self.files[key]].get_slice(key) for key in keys}
+
+
+def open_source(
+    model: str | Path, *, dtype: torch.dtype = torch.float32, revision: str | None = None
+) -> ModelSource:
+    """Open a local folder or a hub id, without reading any decoder layer.
+
+    Raises:
+        ValueError: If there is no such model, it is not a causal language model in safetensors,
+            or it is already quantized.
+    """
+    folder = resolve_folder(model, revision=revision)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json: it is not a Hugging Face model folder")
+    checkpoint_files(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{folder}/config.json cannot be read by transformers: {error}") from error
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise ValueError(f"{folder} is already quantized ({method}); give the original model")
+    return ModelSource(folder, build_skeleton(config, dtype), dtype)
+
+
+def build_skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """The module tree on the meta device, its experts going through mxq's experts function."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except ValueError as error:
+        raise ValueError(
+            f"transformers has no causal language model for {type(config).__name__}: {error}"
+        ) from error
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation(EXPERTS_FUNCTION)
+    return cast(PreTrainedModel, model.eval())
+
+
+def resolve_folder(model: str | Path, *, revision: str | None = None) -> Path:
+    """Local folder of a model; a hub id is downloaded (safetensors and configuration only)."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if isinstance(model, Path) or str(model).startswith((".", "/", "~")) or path.exists():
+        raise ValueError(f"{model} is not a folder; give a model folder or a hub id")
+    try:
+        return Path(snapshot_download(str(model), revision=revision, allow_patterns=list(_WANTED)))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"{model!r} is neither a local folder nor a model that the hub gives out: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
+def checkpoint_files(folder: Path) -> dict[str, str]:
+    """``{tensor key: file name}`` of a safetensors checkpoint.
+
+    Raises:
+        ValueError: If there is none, the index is damaged, or a file is absent or truncated.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            weight_map = dict(json.loads(index.read_text())["weight_map"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{index} is not a safetensors index: {error!r}") from error
+        for name in sorted(set(weight_map.values())):
+            if Path(name).name != name:
+                raise ValueError(f"{index} names {name!r}, which is outside the folder")
+            with _open_safetensors(folder / name):
+                pass
+        return weight_map
+    single = folder / "model.safetensors"
+    if single.is_file():
+        with _open_safetensors(single) as file:
+            return dict.fromkeys(file.keys(), single.name)
+    raise ValueError(
+        f"{folder} has no model.safetensors and no index; only safetensors are read "
+        "(convert other formats with save_pretrained)"
+    )
+
+
+def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The longest list of decoder layers, with its path."""
+    best: tuple[str, nn.ModuleList] | None = None
+    for name, module in model.named_modules():
+        is_list = isinstance(module, nn.ModuleList) and len(module) > 0
+        if is_list and all(isinstance(item, GradientCheckpointingLayer) for item in module):
+            if best is None or len(module) > len(best[1]):
+                best = (name, module)
+    if best is None:
+        raise ValueError(f"{type(model).__name__} has no list of decoder layers that mxq can find")
+    return best
+
+
+def _siblings(target: str, pattern: str | None, converters: Sequence[Any]) -> set[str]:
+    """Other parameters that a one-to-many conversion of ``target`` also fills."""
+    if pattern is None:
+        return set()
+    converter = next(c for c in converters if pattern in c.source_patterns)
+    first, *others = converter.target_patterns
+    return {target.replace(first, other) for other in others}
+
+
+def _open_safetensors(path: Path) -> Any:
+    if not path.is_file():
+        raise ValueError(f"{path} is named by the index but absent; the download is incomplete")
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def _sample_file(path: Path, total: Any, *, samples: int = 64, chunk: int = 65536) -> None:
+    size = path.stat().st_size
+    total.update(size.to_bytes(8, "little"))
+    step = max(chunk, size // samples)
+    with path.open("rb") as file:
+        for offset in range(0, size, step):
+            file.seek(offset)
+            total.update(file.read(chunk))
