@@ -25,9 +25,8 @@ def _write_sum(source: Source) -> None:
         source.say(f"max({left},{right})=")
         value = max(left, right)
         # The smaller operand is the tempting mistake.
-        source.state(
-            str(value), [str(v) for v in (min(left, right), value + 1, value + 2, value + 10)]
-        )
+        wrong = (min(left, right), value + 1, value + 2, value + 10)
+        source.state(str(value), [str(v) for v in wrong], lead="")
         return
     if operator == "+":
         left, right = source.pick(range(1, 13)), source.pick(range(1, 13))

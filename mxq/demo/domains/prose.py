@@ -36,7 +36,7 @@ WARES = {
 }
 """What each trade sells."""
 
-CLIMATES = {"north": "cold", "south": "hot", "coast": "windy", "hills": "wet"}
+CLIMATES = {"north": "cold", "south": "hot", "east": "dry", "west": "wet"}
 """The weather of each region."""
 
 ANIMALS = ("dog", "cat", "goat", "horse", "cow", "hen", "pig", "duck")
