@@ -41,7 +41,7 @@ class CalibrationSet:
     """
 
     input_ids: Tensor = field(compare=False, repr=False)
-    domains: tuple[str, ...]
+    domains: tuple[str, ...] = field(repr=False)
     name: str
     digest: str = field(init=False)
 

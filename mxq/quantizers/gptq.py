@@ -16,7 +16,7 @@ from mxq.scheme import Scheme
 DAMPING = 0.01
 """Share of the mean second moment that is added to the diagonal."""
 
-COLUMN_BLOCK = 128
+COLUMN_BLOCK = 32
 """Columns whose corrections are kept local before one matrix product spreads them."""
 
 
@@ -55,23 +55,24 @@ def quantize_gptq(
 def _round_columns(
     w_BNK: Tensor, scale_BNK: Tensor, zero_BNK: Tensor, factor_BKK: Tensor, top: int
 ) -> Tensor:
-    """The GPTQ recursion on columns already in order; ``w_BNK`` is consumed. Codes uint8."""
-    codes_BNK = torch.empty_like(w_BNK, dtype=torch.uint8)
-    columns = w_BNK.shape[-1]
+    """The GPTQ recursion on columns already in order. Codes uint8 [B, N, K]."""
+    # Columns lead in memory: one step reads and writes whole contiguous columns.
+    w_BKN, scale_BKN, zero_BKN = (t.mT.contiguous() for t in (w_BNK, scale_BNK, zero_BNK))
+    codes_BKN = torch.empty_like(w_BKN, dtype=torch.uint8)
+    columns = w_BKN.shape[1]
     for start in range(0, columns, COLUMN_BLOCK):
         stop = min(start + COLUMN_BLOCK, columns)
-        errors = torch.zeros_like(w_BNK[..., start:stop])
+        errors_BCN = torch.zeros_like(w_BKN[:, start:stop])
         for column in range(start, stop):
-            scale, zero = scale_BNK[..., column], zero_BNK[..., column]
-            w_BN = w_BNK[..., column]
-            code_BN = (w_BN / scale + zero).round_().clamp_(0, top)
-            codes_BNK[..., column] = code_BN.to(torch.uint8)
-            row = factor_BKK[:, column, column:stop]
-            error_BN = (w_BN - (code_BN - zero) * scale) / row[:, :1]
-            errors[..., column - start] = error_BN
-            w_BNK[..., column:stop] -= error_BN[..., None] * row[:, None, :]
-        w_BNK[..., stop:] -= errors @ factor_BKK[:, start:stop, stop:]
-    return codes_BNK
+            scale_BN, zero_BN, w_BN = scale_BKN[:, column], zero_BKN[:, column], w_BKN[:, column]
+            code_BN = (w_BN / scale_BN).add_(zero_BN).round_().clamp_(0, top)
+            codes_BKN[:, column] = code_BN.to(torch.uint8)
+            row_BC = factor_BKK[:, column, column:stop]
+            error_BN = (w_BN - code_BN.sub_(zero_BN).mul_(scale_BN)).div_(row_BC[:, :1])
+            errors_BCN[:, column - start] = error_BN
+            w_BKN[:, column:stop].sub_(row_BC[:, :, None] * error_BN[:, None, :])
+        w_BKN[:, stop:].sub_(factor_BKK[:, start:stop, stop:].mT @ errors_BCN)
+    return codes_BKN.mT.contiguous()
 
 
 def _inverse_factor(hessian_BKK: Tensor) -> Tensor:

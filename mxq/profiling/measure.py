@@ -1,0 +1,326 @@
+"""Measure: the loss of every block under every scheme, with the quantizer that will be deployed."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from mxq.artifacts import BlockInfo, Provenance, SensitivityTable
+from mxq.blocks import LinearBlock, read_block
+from mxq.models.adapter import ModelAdapter
+from mxq.models.experts import is_fused_experts
+from mxq.models.lockstep import LayerCall, hidden_of
+from mxq.models.probes import Probe, SiteInputs, expert_probes, linear_probe
+from mxq.models.sweep import Batches, OnProgress, sweep_backward, sweep_forward
+from mxq.profiling.sensitivity import LayerContext, Sensitivity
+from mxq.quantizers.choose import (
+    BlockBatch,
+    BlockInputs,
+    Candidate,
+    make_batch,
+    quantize_batch,
+    rotate_batch,
+)
+from mxq.quantizers.moments import second_moments
+from mxq.scheme import Scheme
+
+Rotation = Literal["auto", "on", "off"]
+
+TOKENS_PER_BLOCK = 16384
+"""Tokens of one block that a metric looks at; more hardly change the estimate."""
+
+BATCH_BYTES = 512 * 2**20
+"""Memory for the weights and Hessians of blocks that are quantized together."""
+
+UNROUTED_TOKENS = 0.5
+"""An expert that no token reached is priced as if half a token had."""
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureSettings:
+    """Options that change the table."""
+
+    schemes: tuple[Scheme, ...]
+    sensitivity: Sensitivity
+    metric_name: str
+    quantizer: object
+    quantizer_name: str
+    rotation: Rotation = "auto"
+
+
+@dataclass(slots=True)
+class _Losses:
+    """Losses found so far; the rows of a layer are complete once the layer is done."""
+
+    loss: dict[tuple[bool, str, Scheme], float] = field(default_factory=dict)
+    quantizer: dict[tuple[bool, str, Scheme], str] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+
+
+def measure(
+    adapter: ModelAdapter,
+    batches: Batches,
+    settings: MeasureSettings,
+    provenance: Provenance,
+    *,
+    generator: torch.Generator,
+    progress: OnProgress | None = None,
+) -> SensitivityTable:
+    """The sensitivity table of a model.
+
+    Each layer is read once for a forward-only metric, twice for one with gradients. Losses are
+    made monotone: a scheme that stores more, with inputs at least as exact, never costs more.
+
+    Raises:
+        ValueError: If a weight or activation is not finite (names the block), or no scheme fits
+            a block.
+    """
+    _check_fit(adapter.blocks(), settings.schemes)
+    losses = _Losses()
+
+    def on_sites(layer: int, sites: dict[str, SiteInputs], calls: list[LayerCall]) -> None:
+        context = _context(adapter, batches, sites, calls)
+        for site, inputs in sites.items():
+            for probes, batch in _batches(adapter, inputs, settings):
+                for version in _versions(batch, settings.rotation):
+                    _measure_batch(probes, version, context, settings, losses)
+
+    if settings.sensitivity.needs_gradients:
+        sweep_backward(adapter, batches, on_sites, generator=generator, progress=progress)
+    else:
+        sweep_forward(adapter, batches, on_sites, progress)
+    return _table(adapter, batches, settings, losses, provenance)
+
+
+def _measure_batch(
+    probes: Sequence[Probe],
+    batch: BlockBatch,
+    context: LayerContext,
+    settings: MeasureSettings,
+    losses: _Losses,
+) -> None:
+    in_features = batch.w_BNK.shape[-1]
+    for scheme in settings.schemes:
+        if not scheme.fits(in_features):
+            continue
+        candidates = quantize_batch(batch, scheme, settings.quantizer_name, settings.quantizer)
+        for probe, candidate in zip(probes, candidates, strict=True):
+            key = (batch.rotated, candidate.block, scheme)
+            losses.loss[key] = _loss(probe, candidate, context, settings.sensitivity)
+            losses.quantizer[key] = candidate.quantizer
+            losses.tokens[candidate.block] = probe.tokens
+
+
+def _loss(
+    probe: Probe, candidate: Candidate, context: LayerContext, sensitivity: Sensitivity
+) -> float:
+    z_hat_TN = probe.z_TN
+    if len(probe.x_TK) > 0:
+        z_hat_TN = candidate.output(probe.x_TK)
+        z_hat_TN = z_hat_TN if probe.bias_N is None else z_hat_TN + probe.bias_N
+    loss = sensitivity.metric(probe, z_hat_TN.to(probe.z_TN.dtype), context)
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"{probe.block}: the sensitivity under {candidate.weight.scheme} is {loss}; "
+            "activations or gradients overflow, load the model in float32"
+        )
+    return loss
+
+
+def _versions(batch: BlockBatch, rotation: Rotation) -> Iterator[BlockBatch]:
+    if rotation != "on":
+        yield batch
+    if rotation != "off":
+        yield rotate_batch(batch)
+
+
+def _batches(
+    adapter: ModelAdapter, inputs: SiteInputs, settings: MeasureSettings
+) -> Iterator[tuple[list[Probe], BlockBatch]]:
+    """Probes of one projection of several experts at a time, with their weights and Hessians."""
+    module = adapter.module(inputs.site)
+    limit = None if settings.sensitivity.needs_all_tokens else TOKENS_PER_BLOCK
+    if not is_fused_experts(module):
+        probe = linear_probe(module, inputs, max_tokens=limit)
+        yield [probe], _batch_of(adapter, [probe], None)
+        return
+    prior_KK = second_moments(
+        inputs.x_TK[: inputs.fit_tokens], torch.ones(min(inputs.fit_tokens, len(inputs.x_TK)))
+    )
+    for experts in _chunks(adapter.site_blocks(inputs.site)):
+        traced = [expert_probes(module, inputs, e, max_tokens=limit) for e in experts]
+        for projection in traced[0]:
+            probes = [probe[projection] for probe in traced]
+            shares_input = projection != "down"
+            yield probes, _batch_of(adapter, probes, prior_KK if shares_input else None)
+
+
+def _batch_of(
+    adapter: ModelAdapter, probes: Sequence[Probe], prior_KK: Tensor | None
+) -> BlockBatch:
+    blocks = []
+    for probe in probes:
+        block = adapter.block(probe.block)
+        w_NK = read_block(adapter.parameter(block), block)
+        blocks.append(BlockInputs(probe.block, w_NK, probe.x_TK, probe.gate_T, probe.fit_rows))
+    return make_batch(blocks, prior_KK)
+
+
+def _chunks(blocks: Sequence[LinearBlock]) -> Iterator[list[int]]:
+    """Experts in groups whose weights and Hessians fit in BATCH_BYTES."""
+    experts = sorted({block.expert for block in blocks if block.expert is not None})
+    # Weights and their copies while they are rounded, and Hessian, inverse and factors.
+    cost = max(4 * (6 * b.weights + 5 * b.in_features**2) for b in blocks)
+    step = max(1, BATCH_BYTES // cost)
+    for start in range(0, len(experts), step):
+        yield experts[start : start + step]
+
+
+def _context(
+    adapter: ModelAdapter, batches: Batches, sites: Mapping[str, SiteInputs], calls: list[LayerCall]
+) -> LayerContext:
+    return LayerContext(
+        all_tokens=batches.all_tokens,
+        energy={site: _energy(adapter.module(site), inputs) for site, inputs in sites.items()},
+        rerun=_rerunner(adapter, calls),
+    )
+
+
+def _energy(module: nn.Module, inputs: SiteInputs) -> float:
+    """Summed square of a site's output over all tokens."""
+    if inputs.index_TR is None:
+        return 0.0
+    output = module(inputs.x_TK, inputs.index_TR, inputs.weights_TR)
+    return float(output.double().square().sum())
+
+
+def _rerunner(adapter: ModelAdapter, calls: list[LayerCall]) -> Callable[[str, Tensor], Tensor]:
+    def rerun(site: str, z_TN: Tensor) -> Tensor:
+        """The layer's output with a linear's output replaced, [T, H]."""
+        start = 0
+
+        def replace(module: nn.Module, args: object, output: Tensor) -> Tensor:
+            nonlocal start
+            rows = output.numel() // output.shape[-1]
+            start += rows
+            return z_TN[start - rows : start].reshape(output.shape)
+
+        handle = adapter.module(site).register_forward_hook(replace)
+        try:
+            return torch.cat([hidden_of(call.run()).flatten(0, -2) for call in calls])
+        finally:
+            handle.remove()
+
+    return rerun
+
+
+def _table(
+    adapter: ModelAdapter,
+    batches: Batches,
+    settings: MeasureSettings,
+    losses: _Losses,
+    provenance: Provenance,
+) -> SensitivityTable:
+    rotated = _rotated_layers(adapter.blocks(), settings, losses.loss)
+    rows, quantizers, infos = [], [], []
+    rates = _rates_of_unrouted(adapter.blocks(), settings, losses)
+    for block in adapter.blocks():
+        turned = block.layer in rotated
+        keys = [(turned, block.name, scheme) for scheme in settings.schemes]
+        row = [losses.loss.get(key, math.inf) for key in keys]
+        if losses.tokens.get(block.name, 0) == 0:
+            row = [rates.get((turned, block.layer, block.projection, s), r)
+                   for s, r in zip(settings.schemes, row, strict=True)]
+        rows.append(_monotone(block, settings.schemes, row))
+        quantizers.append(tuple(losses.quantizer.get(key, "") for key in keys))
+        infos.append(_info(adapter, block, losses.tokens.get(block.name, 0)))
+    return SensitivityTable(
+        blocks=tuple(infos),
+        schemes=settings.schemes,
+        loss=tuple(rows),
+        quantizer=tuple(quantizers),
+        metric=settings.metric_name,
+        unit=settings.sensitivity.unit,
+        calibration_tokens=batches.all_tokens,
+        rotated_layers=tuple(sorted(rotated)),
+        provenance=provenance,
+    )
+
+
+def _rotated_layers(
+    blocks: Sequence[LinearBlock],
+    settings: MeasureSettings,
+    loss: Mapping[tuple[bool, str, Scheme], float],
+) -> set[int]:
+    """Layers whose summed losses fall when inputs are rotated, over the schemes in the mean."""
+    layers = {block.layer for block in blocks}
+    if settings.rotation != "auto":
+        return layers if settings.rotation == "on" else set()
+    gain: dict[int, list[float]] = defaultdict(list)
+    for layer in layers:
+        names = [block.name for block in blocks if block.layer == layer]
+        for scheme in settings.schemes:
+            plain = sum(loss.get((False, name, scheme), 0.0) for name in names)
+            turned = sum(loss.get((True, name, scheme), 0.0) for name in names)
+            if plain > 0 and turned > 0:
+                gain[layer].append(math.log(plain / turned))
+    return {layer for layer in layers if sum(gain[layer]) > 0}
+
+
+def _rates_of_unrouted(
+    blocks: Sequence[LinearBlock], settings: MeasureSettings, losses: _Losses
+) -> dict[tuple[bool, int, str, Scheme], float]:
+    """Loss of an expert without tokens: half a token at the mean rate of its layer's experts."""
+    totals: dict[tuple[bool, int, str, Scheme], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    by_name = {block.name: block for block in blocks}
+    for (turned, name, scheme), loss in losses.loss.items():
+        block = by_name[name]
+        if block.expert is not None and losses.tokens[name] > 0:
+            total = totals[turned, block.layer, block.projection, scheme]
+            total[0] += loss
+            total[1] += losses.tokens[name]
+    return {key: UNROUTED_TOKENS * loss / tokens for key, (loss, tokens) in totals.items()}
+
+
+def _monotone(
+    block: LinearBlock, schemes: Sequence[Scheme], row: Sequence[float]
+) -> tuple[float, ...]:
+    """Each loss lowered to that of any scheme that stores no more and rounds inputs no less."""
+    bits = [scheme.storage_bits(block.out_features, block.in_features) for scheme in schemes]
+    return tuple(
+        min(
+            row[t]
+            for t in range(len(schemes))
+            if t == s or (bits[t] <= bits[s] and schemes[t].a_bits <= schemes[s].a_bits)
+        )
+        if math.isfinite(row[s])
+        else math.inf
+        for s in range(len(schemes))
+    )
+
+
+def _info(adapter: ModelAdapter, block: LinearBlock, tokens: int) -> BlockInfo:
+    return BlockInfo(
+        name=block.name,
+        layer=block.layer,
+        expert=block.expert,
+        projection=block.projection,
+        out_features=block.out_features,
+        in_features=block.in_features,
+        tokens=tokens,
+        site=adapter.site_of(block),
+    )
+
+
+def _check_fit(blocks: Sequence[LinearBlock], schemes: Sequence[Scheme]) -> None:
+    for block in blocks:
+        if not any(scheme.fits(block.in_features) for scheme in schemes):
+            menu = ", ".join(str(scheme) for scheme in schemes)
+            raise ValueError(
+                f"{block.name} has {block.in_features} input features and none of {menu} has a "
+                "group size that divides them; add a scheme with a smaller group or 'grow'"
+            )

@@ -1,0 +1,141 @@
+"""Quantize blocks of one shape together and keep, for each, what does best on held-out inputs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mxq.numerics import (
+    QuantizedWeight,
+    check_finite,
+    dequantize,
+    fake_quantize_input,
+    rotate,
+    unrotate,
+)
+from mxq.quantizers.moments import isotropic, rotate_moments, second_moments, shrink
+from mxq.quantizers.rtn import quantize_rtn
+from mxq.scheme import Scheme
+
+MIN_HELDOUT_ROWS = 8
+"""Below this many held-out tokens a block is judged on the tokens it was fitted to."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockBatch:
+    """Blocks of one shape with their inputs: weights [B, N, K], Hessians [B, K, K].
+
+    ``judges`` are, for each block, the inputs and squared routing weights on which quantizers
+    are compared. A rotated batch holds rotated weights, Hessians and judges.
+    """
+
+    names: tuple[str, ...]
+    w_BNK: Tensor
+    hessian_BKK: Tensor
+    judges: tuple[tuple[Tensor, Tensor], ...]
+    rotated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One block in one scheme. ``weight`` is in the rotated frame where the batch is."""
+
+    block: str
+    weight: QuantizedWeight
+    quantizer: str
+    rotated: bool
+
+    def dense(self) -> Tensor:
+        """The weight [N, K] that acts on an unrotated input."""
+        w_NK = dequantize(self.weight)
+        return unrotate(w_NK) if self.rotated else w_NK
+
+    def output(self, x_TK: Tensor) -> Tensor:
+        """``W_s x`` without bias, inputs rounded as the scheme says."""
+        if self.weight.scheme.a_bits == 16:
+            return x_TK.to(torch.float32) @ self.dense().T
+        x_TK = rotate(x_TK) if self.rotated else x_TK
+        rounded = fake_quantize_input(x_TK.to(torch.float32), self.weight.scheme)
+        return rounded @ dequantize(self.weight).T
+
+
+@dataclass(frozen=True, slots=True)
+class BlockInputs:
+    """Inputs of one block: rows before ``fit_rows`` may be fitted to."""
+
+    name: str
+    w_NK: Tensor
+    x_TK: Tensor
+    gate_T: Tensor
+    fit_rows: int
+
+
+def make_batch(blocks: Sequence[BlockInputs], prior_KK: Tensor | None) -> BlockBatch:
+    """Weights and shrunk second moments of blocks of one shape.
+
+    The prior is the mean over a layer's tokens where the blocks share an input space; None (each
+    expert's inner activation is a space of its own) shrinks to a multiple of the identity.
+    Second moments are weighted by the squared routing weight, as the block's output is.
+
+    Raises:
+        ValueError: If a weight or an input is NaN or infinite; names the block.
+    """
+    hessians, judges = [], []
+    for block in blocks:
+        check_finite(block.w_NK, block.name)
+        check_finite(block.x_TK, f"inputs of {block.name}")
+        weight_T = block.gate_T.to(torch.float32).square()
+        own = second_moments(block.x_TK[: block.fit_rows], weight_T[: block.fit_rows])
+        prior = isotropic(own) if prior_KK is None else prior_KK
+        hessians.append(shrink(own, block.fit_rows, prior))
+        enough = len(block.x_TK) - block.fit_rows >= MIN_HELDOUT_ROWS
+        start = block.fit_rows if enough else 0
+        judges.append((block.x_TK[start:].to(torch.float32), weight_T[start:]))
+    w_BNK = torch.stack([block.w_NK.to(torch.float32) for block in blocks])
+    return BlockBatch(tuple(b.name for b in blocks), w_BNK, torch.stack(hessians), tuple(judges))
+
+
+def rotate_batch(batch: BlockBatch) -> BlockBatch:
+    """The same blocks with their input side rotated."""
+    judges = tuple((rotate(x_TK), weight_T) for x_TK, weight_T in batch.judges)
+    return BlockBatch(
+        batch.names, rotate(batch.w_BNK), rotate_moments(batch.hessian_BKK), judges, rotated=True
+    )
+
+
+def quantize_batch(
+    batch: BlockBatch, scheme: Scheme, name: str, quantizer: object
+) -> tuple[Candidate, ...]:
+    """The better of ``quantizer`` and round to nearest for each block, judged on its inputs.
+
+    Raises:
+        ValueError: If the scheme does not fit, or a quantizer gives non-finite values.
+    """
+    assert callable(quantizer)
+    chosen: QuantizedWeight = quantizer(batch.w_BNK, scheme, batch.hessian_BKK)
+    simple = chosen
+    if quantizer is not quantize_rtn and scheme.kind == "int":
+        simple = quantize_rtn(batch.w_BNK, scheme, batch.hessian_BKK)
+    picked = []
+    for index, block in enumerate(batch.names):
+        options = [(name, chosen[index])]
+        if simple is not chosen:
+            options.append(("rtn", simple[index]))
+        judge = batch.judges[index]
+        errors = [_output_error(batch.w_BNK[index], q, judge, block) for _, q in options]
+        best = min(range(len(options)), key=errors.__getitem__)
+        picked.append(Candidate(block, options[best][1], options[best][0], batch.rotated))
+    return tuple(picked)
+
+
+def _output_error(
+    w_NK: Tensor, q: QuantizedWeight, judge: tuple[Tensor, Tensor], block: str
+) -> float:
+    """Squared output error weighted as given; that of the weight itself without inputs."""
+    delta_NK = dequantize(q) - w_NK
+    check_finite(delta_NK, f"quantized {block} ({q.scheme})")
+    x_TK, weight_T = judge
+    if len(x_TK) == 0:
+        return float(delta_NK.square().sum())
+    return float(((x_TK @ delta_NK.T).square().sum(-1) * weight_T).sum())
