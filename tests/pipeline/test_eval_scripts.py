@@ -1,0 +1,382 @@
+"""The two evaluation scripts on tiny models: numbers against slow loops, and their error lines."""
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from lm_eval import tasks
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedTokenizerFast as FastTokenizer
+
+from mxq import demo, evaluation
+
+VOCABULARY = 128
+SCRIPTS = Path(__file__).parents[2] / "eval"
+TEXT = "It was a bright cold day in April, and the clocks were striking thirteen.\n" * 3
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+perplexity = script("perplexity")
+zero_shot = script("zero_shot")
+
+
+def save_model(folder, *, seed, vocabulary=VOCABULARY):
+    """A random model over characters; initialised widely, so that it is far from uniform."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    characters = {"<eos>": 0} | {chr(code): code for code in range(1, vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(characters, unk_token="<eos>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    FastTokenizer(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"), seed=0)
+
+
+@pytest.fixture(scope="module")
+def other_folder(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("other"), seed=1)
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    return str(tmp_path / "text.txt")
+
+
+def run(module, tmp_path, *arguments):
+    """The script's JSON."""
+    output = tmp_path / "result.json"
+    assert module.main([*map(str, arguments), "--json", str(output)]) == 0
+    return json.loads(output.read_text())
+
+
+def error_line(module, capsys, *arguments):
+    """What the script says in its one line on stderr, for arguments that it refuses."""
+    assert module.main([*map(str, arguments)]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert "Traceback" not in "".join(lines)
+    return lines[-1]
+
+
+def slow_scores(folder, reference, window):
+    """Sums over positions, one at a time, in double precision: nll, kl, equal top tokens, count."""
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(name) for name in (folder, reference))
+    ids = [ord(character) for character in TEXT]
+    sums = [0.0, 0.0, 0.0, 0]
+    for start in range(0, len(ids), window):
+        piece = torch.tensor([ids[start : start + window]])
+        with torch.no_grad():
+            log_p, log_q = (m(piece).logits[0].double().log_softmax(-1) for m in (ours, theirs))
+        for position in range(piece.shape[1] - 1):
+            target = int(piece[0, position + 1])
+            sums[0] -= float(log_p[position, target])
+            for p, q in zip(log_p[position].tolist(), log_q[position].tolist(), strict=True):
+                sums[1] += math.exp(q) * (q - p)
+            sums[2] += float(log_p[position].argmax() == log_q[position].argmax())
+            sums[3] += 1
+    return sums
+
+
+# --- perplexity --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("window", "batch"), [(16, 3), (100, 1), (512, 1)])
+def test_scores_match_a_slow_loop(
+    model_folder, other_folder, text_file, tmp_path, *, window, batch, capsys
+):
+    # Windows of 16 leave a rest of 6 (tests the tail), one of 512 is longer than the text.
+    options = ("--reference", other_folder, "--window", window, "--batch", batch)
+    result = run(perplexity, tmp_path, model_folder, "--text", text_file, *options)
+    nll, kl, same, count = slow_scores(model_folder, other_folder, window)
+    assert result["tokens"] == count
+    # float32 logits of size 10 and 128 of them in a sum: errors of about 1e-5 per token at most.
+    assert result["nll"] == pytest.approx(nll / count, abs=1e-5)
+    assert result["perplexity"] == pytest.approx(math.exp(nll / count), rel=1e-5)
+    assert result["kl"] == pytest.approx(kl / count, abs=1e-5)
+    assert result["top1_agreement"] == same / count
+    assert result["reference_nll"] != pytest.approx(result["nll"], abs=1e-3)
+    printed = capsys.readouterr().out
+    assert f"{result['perplexity']:.4f}" in printed
+    assert f"{result['kl']:.6f}" in printed
+
+
+def test_a_model_has_distance_zero_to_itself(model_folder, text_file, tmp_path):
+    result = run(
+        perplexity, tmp_path, model_folder, "--text", text_file, "--reference", model_folder
+    )
+    assert (result["kl"], result["top1_agreement"]) == (0.0, 1.0)
+    assert result["reference_nll"] == result["nll"]
+
+
+def test_json_holds_what_was_measured_and_on_what(model_folder, text_file, tmp_path):
+    result = run(perplexity, tmp_path, model_folder, "--text", text_file, "--limit", "40")
+    assert set(result) == {"tokens", "nll", "perplexity", "model", "text", "window", "versions"}
+    assert (result["model"], result["text"]) == (model_folder, text_file)
+    assert set(result["versions"]) == {"mxq", "torch", "transformers"}
+    assert result["window"] == 512  # what the model knows, as that is less than 2048
+    assert result["tokens"] == 39
+
+
+def test_a_rest_of_one_token_is_not_scored(model_folder, text_file, tmp_path):
+    arguments = (model_folder, "--text", text_file, "--limit", "33", "--window", "16")
+    assert run(perplexity, tmp_path, *arguments)["tokens"] == 30
+
+
+def test_documents_are_joined_by_end_of_text(model_folder, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "abc"}\n{"text": "de"}\n')
+    (tmp_path / "one.jsonl").write_text(json.dumps({"text": "abc\0de"}))  # 0 is end-of-text
+    rows, one = (
+        run(perplexity, tmp_path, model_folder, "--text", tmp_path / name)
+        for name in ("rows.jsonl", "one.jsonl")
+    )
+    assert (rows["tokens"], rows["nll"]) == (one["tokens"], one["nll"])
+    assert rows["tokens"] == 5
+
+
+def test_demo_text_is_held_out_from_calibration(model_folder, tmp_path):
+    result = run(perplexity, tmp_path, model_folder, "--text", "demo", "--limit", "200")
+    assert (result["text"], result["tokens"]) == ("demo", 199)
+    first = demo.documents("heldout", 1)[0].text
+    assert next(iter(perplexity._texts("demo"))) == first
+
+
+def test_wikitext2_is_the_test_split_as_one_text(model_folder, tmp_path, monkeypatch):
+    asked = []
+
+    def load_dataset(path, config, **options):
+        asked.append((path, config, options["split"]))
+        return [{"text": "ab"}, {"text": "cd"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    result = run(perplexity, tmp_path, model_folder, "--text", "wikitext2")
+    assert asked == [("Salesforce/wikitext", "wikitext-2-raw-v1", "test")]
+    assert result["tokens"] == len("ab\n\ncd") - 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "./no/such/folder"}, "model folder ./no/such/folder does not exist; give a"),
+        ({"model": __file__}, "is a file; give a folder as save_pretrained writes it"),
+        ({"model": str(SCRIPTS)}, "holds no config.json; give a folder"),
+        ({"--text": "none.txt"}, "text file none.txt does not exist; give a .txt file"),
+        ({"--window": "1"}, "window is 1; it takes 2 tokens to score one, so at least 2"),
+        ({"--window": "513"}, "window 513 is longer than the 512 positions of the model"),
+        ({"--batch": "0"}, "batch is 0; it must be at least 1"),
+        ({"--limit": "1"}, "limit is 1 tokens; scoring needs at least 2"),
+        ({"--reference": "/no/folder"}, "model folder /no/folder does not exist"),
+        ({"--json": "/no/result.json"}, "/no/result.json needs the folder /no; make it first"),
+    ],
+)
+def test_a_mistake_is_one_line(model_folder, text_file, capsys, change, message):
+    options = {"--text": text_file, **change}
+    model = options.pop("model", model_folder)
+    line = error_line(perplexity, capsys, model, *sum(options.items(), ()))
+    assert line.startswith("perplexity: ")
+    assert message in line
+
+
+def test_a_reference_of_another_vocabulary_is_refused(model_folder, text_file, tmp_path, capsys):
+    small = save_model(tmp_path / "small", seed=0, vocabulary=100)
+    arguments = (model_folder, "--text", text_file, "--reference", small)
+    line = error_line(perplexity, capsys, *arguments)
+    assert "have other vocabularies (128 and 100 tokens, 28 entries differ)" in line
+
+
+def test_a_reference_of_another_number_of_logits_is_refused(model_folder, tmp_path):
+    small = save_model(tmp_path / "small", seed=0, vocabulary=100)
+    ours, theirs = (evaluation.load_model(name, device="cpu") for name in (model_folder, small))
+    with pytest.raises(ValueError, match="the reference gives 100 logits per token, the model 128"):
+        evaluation.score(ours, [torch.ones(1, 4, dtype=torch.int64)], reference=theirs)
+
+
+def test_logits_that_are_not_finite_are_refused(model_folder):
+    model = evaluation.load_model(model_folder, device="cpu")
+    model.lm_head.weight.data[5] = math.nan
+    with pytest.raises(ValueError, match="not finite somewhere in the text"):
+        evaluation.score(model, [torch.ones(1, 4, dtype=torch.int64)])
+
+
+def test_a_model_that_the_hub_does_not_give_is_one_line(text_file, capsys, monkeypatch):
+    def unreachable(name, **options):
+        raise OSError("We couldn't connect\nto the hub")
+
+    monkeypatch.setattr(evaluation.AutoTokenizer, "from_pretrained", unreachable)
+    line = error_line(perplexity, capsys, "owner/model", "--text", text_file)
+    assert line == (
+        "perplexity: model 'owner/model' is no folder here, and from the hub it could not be "
+        "loaded: We couldn't connect to the hub"
+    )
+
+
+def test_the_word_demo_is_the_embedded_model():
+    assert evaluation._resolved("demo") == str(demo.model_path())
+
+
+# --- zero-shot ---------------------------------------------------------------------------------
+
+QUESTIONS = [
+    {"question": "2+2=", "choices": ["4", "five"], "answer": 0},
+    {"question": "a, b, ", "choices": ["x", "c", "yes"], "answer": 1},
+    {"question": "up or ", "choices": ["down", "blue"], "answer": 0},
+]
+
+
+@pytest.fixture
+def task_folder(tmp_path):
+    """A local task in the form of the harness; its data are cached beside it."""
+    rows = "".join(json.dumps(question) + "\n" for question in QUESTIONS)
+    (tmp_path / "rows.jsonl").write_text(rows)
+    (tmp_path / "mine.yaml").write_text(
+        f"""
+task: mine
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {tmp_path / "rows.jsonl"}}}
+  cache_dir: {tmp_path / "cache"}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+target_delimiter: ""
+metric_list: [{{metric: acc}}]
+"""
+    )
+    return tmp_path
+
+
+def log_likelihood(model, prompt, choice):
+    """Slow: one choice at a time. A trailing blank of the prompt belongs to the choice anyway."""
+    ids = torch.tensor([[ord(character) for character in prompt + choice]])
+    with torch.no_grad():
+        log_p = model(ids).logits[0].log_softmax(-1)
+    scored = range(len(prompt), len(prompt + choice))
+    return sum(float(log_p[place - 1, ids[0, place]]) for place in scored)
+
+
+def test_accuracy_of_a_local_task_matches_a_slow_loop(model_folder, task_folder, capsys):
+    arguments = (model_folder, "--tasks", "mine", "--task-path", task_folder, "--batch", "2")
+    result = run(zero_shot, task_folder, *arguments)
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    right = 0
+    for question in QUESTIONS:
+        scores = [log_likelihood(model, question["question"], c) for c in question["choices"]]
+        right += scores.index(max(scores)) == question["answer"]
+    share = right / 3
+    assert result["tasks"]["mine"]["acc"] == pytest.approx(share)
+    # Standard error of a mean with the sample variance: sqrt(share (1 - share) / (n - 1)).
+    assert result["tasks"]["mine"]["stderr"] == pytest.approx(math.sqrt(share * (1 - share) / 2))
+    assert set(result["tasks"]["mine"]) == {"acc", "stderr", "n"}
+    assert result["tasks"]["mine"]["n"] == 3
+    assert set(result["versions"]) == {"mxq", "torch", "transformers", "lm_eval"}
+    assert "mine" in capsys.readouterr().out
+
+
+def test_demo_tasks_run_without_a_network(model_folder, tmp_path):
+    domain = demo.DOMAINS[0]
+    options = ("--tasks", f"demo,demo_{domain}", "--limit", "5", "--batch", "4")
+    result = run(zero_shot, tmp_path, model_folder, *options)
+    assert set(result["tasks"]) == {"demo", f"demo_{domain}"}
+    metrics = result["tasks"]["demo"]
+    assert set(metrics) == {"acc", "acc_norm", "stderr", "acc_norm_stderr", "n"}
+    assert metrics["n"] == 5
+    assert 0 <= metrics["acc"] <= 1
+
+
+def test_demo_questions_of_a_domain_are_of_that_domain(tmp_path):
+    domain = demo.DOMAINS[1]
+    zero_shot._write_demo_tasks(tmp_path, ["demo", f"demo_{domain}"])
+    rows, mixed = (
+        [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in (f"demo_{domain}", "demo")
+    )
+    everything = demo.questions(zero_shot.DEMO_QUESTIONS * len(demo.DOMAINS))
+    expected = [question for question in everything if question.domain == domain]
+    assert [row["prompt"] for row in rows] == [question.prompt for question in expected]
+    assert [row["answer"] for row in mixed] == [
+        question.answer for question in everything[: zero_shot.DEMO_QUESTIONS]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--limit": "0"}, "limit is 0; it must be at least 1"),
+        ({"--batch": "0"}, "batch is 0; it must be at least 1"),
+        ({"--json": "/no/result.json"}, "/no/result.json needs the folder /no; make it first"),
+        ({"--task-path": "/no/folder"}, "task folder /no/folder does not exist"),
+        ({"model": "/no/folder"}, "model folder /no/folder does not exist; give a folder"),
+    ],
+)
+def test_a_mistake_in_the_tasks_is_one_line(model_folder, task_folder, capsys, change, message):
+    options = {"--tasks": "mine", "--task-path": task_folder, **change}
+    model = options.pop("model", model_folder)
+    line = error_line(zero_shot, capsys, model, *sum(options.items(), ()))
+    assert line.startswith("zero_shot: ")
+    assert message in line
+
+
+def test_an_unknown_task_gets_the_menu(model_folder, task_folder, capsys, monkeypatch):
+    with_standard_tasks = []
+
+    class Manager(tasks.TaskManager):
+        """Leaves out the standard tasks, whose index takes ten seconds to read."""
+
+        def __init__(self, *, include_path, include_defaults):
+            with_standard_tasks.append(include_defaults)
+            super().__init__(include_path=include_path, include_defaults=False)
+
+    monkeypatch.setattr(tasks, "TaskManager", Manager)
+    arguments = ("--tasks", "mine,nonsense", "--task-path", task_folder)
+    line = error_line(zero_shot, capsys, model_folder, *arguments)
+    assert with_standard_tasks == [False, True]
+    assert "nonsense is no task here; choose mine, demo, demo_" in line
+    assert "or a standard task" in line
+
+
+def test_a_missing_harness_is_one_line(model_folder, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    line = error_line(zero_shot, capsys, model_folder, "--tasks", "demo")
+    assert "install it with: pip install 'mxq[eval]'" in line
+
+
+def test_questions_that_the_hub_does_not_give_are_one_line(
+    model_folder, task_folder, capsys, monkeypatch
+):
+    def unreachable(*args, **options):
+        raise ConnectionError("Couldn't reach 'allenai/ai2_arc'\non the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    arguments = ("--tasks", "mine", "--task-path", task_folder)
+    line = error_line(zero_shot, capsys, model_folder, *arguments)
+    assert "the questions of mine could not be read (Couldn't reach 'allenai/ai2_arc'" in line
+    assert "use --tasks demo, or local tasks with --task-path FOLDER" in line
