@@ -75,6 +75,7 @@ def main() -> None:
     model = train_model(recipe, tokenizer)
     elapsed_s = time.monotonic() - started_s
     model.to(torch.bfloat16).save_pretrained(arguments.out)
+    (arguments.out / "model.safetensors").chmod(0o644)  # it is written for its owner only
     facts = _run_facts(recipe, model, elapsed_s)
     loaded = AutoModelForCausalLM.from_pretrained(arguments.out, dtype=torch.float32)
     write_report(measure(loaded.eval(), tokenizer), facts, arguments.out.parent)
