@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from mxq.blocks import LinearBlock, write_block
@@ -85,6 +85,7 @@ class ModelAdapter:
         self.sites: dict[str, str] = {}
         self._blocks = tuple(self._find_blocks())
         self._by_name = {block.name: block for block in self._blocks}
+        self._hooks: dict[int, list[RemovableHandle]] = {}
         self.coverage = self._cover()
 
     def blocks(self, layer: int | None = None) -> tuple[LinearBlock, ...]:
@@ -128,23 +129,32 @@ class ModelAdapter:
             for undo in handles:
                 undo()
 
-    def install(
-        self, layer: int, weights: Mapping[str, Tensor], schemes: Mapping[str, Scheme], rotated: bool
-    ) -> None:
-        """Put dequantized weights into a loaded layer and round inputs as the schemes say.
+    def install(self, block: str, w_NK: Tensor, scheme: Scheme, rotated: bool) -> None:
+        """Put a dequantized weight (unrotated) into its loaded layer; round its inputs too.
 
-        ``weights`` are as stored, so rotated where ``rotated`` is set; they are turned back.
+        ``rotated`` says in which frame the inputs are rounded.
         """
-        for name, w_NK in weights.items():
-            block = self.block(name)
-            write_block(self.parameter(block), block, unrotate(w_NK) if rotated else w_NK)
-        rounded = {n: s for n, s in schemes.items() if s.a_bits < 16 and n in weights}
-        for site in {self.site_of(self.block(name)) for name in rounded}:
-            module = self.module(site)
-            if is_fused_experts(module):
-                module.mxq_inputs = _expert_inputs(self.site_blocks(site), rounded, rotated)  # type: ignore[assignment]
-            else:
-                module.register_forward_pre_hook(_input_hook(rounded[site], rotated))
+        place = self.block(block)
+        write_block(self.parameter(place), place, w_NK)
+        if scheme.a_bits == 16:
+            return
+        module = self.module(self.site_of(place))
+        if place.expert is None:
+            hook = _input_hook(scheme, rotated)
+            self._hooks.setdefault(place.layer, []).append(module.register_forward_pre_hook(hook))
+        else:
+            inputs = getattr(module, "mxq_inputs", {})
+            inputs[place.expert, place.projection] = _input_rounding(scheme, rotated)
+            module.mxq_inputs = inputs
+
+    def uninstall(self, layer: int) -> None:
+        """Stop rounding inputs in a layer; its weights are to be freed or loaded anew."""
+        for handle in self._hooks.pop(layer, []):
+            handle.remove()
+        for block in self.blocks(layer):
+            module = self.module(self.site_of(block))
+            if hasattr(module, "mxq_inputs"):
+                del module.mxq_inputs
 
     def _relative(self, name: str) -> str:
         """Path below the decoder layer: ``mlp.experts`` of ``model.layers.0.mlp.experts``."""
@@ -283,21 +293,10 @@ def _input_hook(scheme: Scheme, rotated: bool) -> Callable[[nn.Module, Any], tup
     return lambda module, args: (round_input(args[0]), *args[1:])
 
 
-def _expert_inputs(
-    blocks: Sequence[LinearBlock], schemes: Mapping[str, Scheme], rotated: bool
-) -> dict[tuple[int, str], Callable[[Tensor], Tensor]]:
-    return {
-        (block.expert, block.projection): _input_rounding(schemes[block.name], rotated)
-        for block in blocks
-        if block.expert is not None and block.name in schemes
-    }
-
-
 def _input_rounding(scheme: Scheme, rotated: bool) -> Callable[[Tensor], Tensor]:
-    def round_input(x: Tensor) -> Tensor:
-        return unrotate(fake_quantize_input(rotate(x), scheme)) if rotated else fake_quantize_input(x, scheme)
-
-    return round_input
+    if not rotated:
+        return lambda x: fake_quantize_input(x, scheme)
+    return lambda x: unrotate(fake_quantize_input(rotate(x), scheme))
 
 
 def _identity(x: Tensor) -> Tensor:
@@ -311,6 +310,3 @@ def _is_plain(module: nn.Module) -> bool:
 def _set(module: nn.Module, name: str, value: object) -> Callable[[], None]:
     setattr(module, name, value)
     return lambda: delattr(module, name)
-
-
-__all__ = ["Capture", "Coverage", "ModelAdapter", "SCOPES", "Scope", "Sink", "is_router", "torch"]

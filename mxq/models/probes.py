@@ -74,9 +74,7 @@ def join_captures(captures: Sequence[Capture], grads: Sequence[Tensor], fit: int
     )
 
 
-def linear_probe(
-    module: nn.Module, inputs: SiteInputs, *, max_tokens: int | None = None
-) -> Probe:
+def linear_probe(module: nn.Module, inputs: SiteInputs, *, max_tokens: int | None = None) -> Probe:
     """The probe of a plain linear: every token passes."""
     rows = _thin(torch.arange(len(inputs.x_TK)), max_tokens)
     x_TK = inputs.x_TK[rows]
@@ -133,11 +131,15 @@ class _Trace:
         self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
         with torch.enable_grad():
-            self.y_TH = self._finish(self._linear("down", expert_inner(self.experts, self._linear, x_TH)))
+            self.y_TH = self._finish(
+                self._linear("down", expert_inner(self.experts, self._linear, x_TH))
+            )
 
     def gradients(self, grad_TH: Tensor) -> dict[str, Tensor]:
         """Gradient at each projection's output, from the gradient at the site's output."""
-        grads = torch.autograd.grad(self.y_TH, list(self.outputs.values()), grad_TH.to(self.y_TH.dtype))
+        grads = torch.autograd.grad(
+            self.y_TH, list(self.outputs.values()), grad_TH.to(self.y_TH.dtype)
+        )
         return dict(zip(self.outputs, grads, strict=True))
 
     def finisher(self, projection: str) -> Callable[[Tensor], Tensor]:

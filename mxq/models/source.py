@@ -34,6 +34,18 @@ from transformers.modeling_utils import LoadStateDictConfig, _load_parameter_int
 EXPERTS_FUNCTION = "mxq"
 """Name under which mxq's experts function is registered with transformers."""
 
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
 _WANTED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja")
 
 
@@ -77,6 +89,16 @@ class ModelSource:
             for name, buffer in module._buffers.items():
                 if buffer is not None and name not in module._non_persistent_buffers_set:
                     module._buffers[name] = buffer.to("meta")
+
+    def stored_dtype(self, target: str) -> torch.dtype:
+        """Type in which the files hold a parameter (that of its first part)."""
+        key = self._keys[target][0]
+        with _open_safetensors(self.folder / self.files[key]) as file:
+            return _DTYPES[file.get_slice(key).get_dtype()]
+
+    def is_stored(self, target: str) -> bool:
+        """Whether a parameter comes from the files, rather than from a tie or a default."""
+        return target in self._filled
 
     def digest(self) -> str:
         """Digest of the configuration and of the weights.

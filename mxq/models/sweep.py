@@ -40,7 +40,9 @@ class Batches:
         return sum(batch.numel() for batch in self.tokens)
 
 
-def make_batches(fit_ids: Tensor, heldout_ids: Tensor | None, *, batch_tokens: int = 4096) -> Batches:
+def make_batches(
+    fit_ids: Tensor, heldout_ids: Tensor | None, *, batch_tokens: int = 4096
+) -> Batches:
     """Cut samples [samples, sequence] into batches of about that many tokens."""
     rows = max(1, batch_tokens // fit_ids.shape[1])
     fit = tuple(fit_ids.split(rows))
@@ -93,9 +95,7 @@ def sweep_backward(
         captures: dict[str, list[Capture]] = {}
         site_grads: dict[str, list[Tensor]] = {}
         for batch, call in enumerate(calls):
-            grads[batch] = _backward_layer(
-                adapter, layer, call, grads[batch], captures, site_grads
-            )
+            grads[batch] = _backward_layer(adapter, layer, call, grads[batch], captures, site_grads)
         sites = {
             site: join_captures(captures[site], site_grads[site], batches.fit_tokens)
             for site in captures
@@ -205,5 +205,3 @@ def _collector(captures: dict[str, list[Capture]]) -> Callable[[Capture], None]:
 def _tell(progress: OnProgress | None, what: str, done: int, total: int) -> None:
     if progress is not None:
         progress(what, done, total)
-
-

@@ -21,6 +21,7 @@ from mxq.quantizers.choose import (
     BlockBatch,
     BlockInputs,
     Candidate,
+    expert_chunks,
     make_batch,
     quantize_batch,
     rotate_batch,
@@ -32,9 +33,6 @@ Rotation = Literal["auto", "on", "off"]
 
 TOKENS_PER_BLOCK = 16384
 """Tokens of one block that a metric looks at; more hardly change the estimate."""
-
-BATCH_BYTES = 512 * 2**20
-"""Memory for the weights and Hessians of blocks that are quantized together."""
 
 UNROUTED_TOKENS = 0.5
 """An expert that no token reached is priced as if half a token had."""
@@ -151,7 +149,7 @@ def _batches(
     prior_KK = second_moments(
         inputs.x_TK[: inputs.fit_tokens], torch.ones(min(inputs.fit_tokens, len(inputs.x_TK)))
     )
-    for experts in _chunks(adapter.site_blocks(inputs.site)):
+    for experts in expert_chunks(adapter.site_blocks(inputs.site)):
         traced = [expert_probes(module, inputs, e, max_tokens=limit) for e in experts]
         for projection in traced[0]:
             probes = [probe[projection] for probe in traced]
@@ -168,16 +166,6 @@ def _batch_of(
         w_NK = read_block(adapter.parameter(block), block)
         blocks.append(BlockInputs(probe.block, w_NK, probe.x_TK, probe.gate_T, probe.fit_rows))
     return make_batch(blocks, prior_KK)
-
-
-def _chunks(blocks: Sequence[LinearBlock]) -> Iterator[list[int]]:
-    """Experts in groups whose weights and Hessians fit in BATCH_BYTES."""
-    experts = sorted({block.expert for block in blocks if block.expert is not None})
-    # Weights and their copies while they are rounded, and Hessian, inverse and factors.
-    cost = max(4 * (6 * b.weights + 5 * b.in_features**2) for b in blocks)
-    step = max(1, BATCH_BYTES // cost)
-    for start in range(0, len(experts), step):
-        yield experts[start : start + step]
 
 
 def _context(
@@ -233,8 +221,10 @@ def _table(
         keys = [(turned, block.name, scheme) for scheme in settings.schemes]
         row = [losses.loss.get(key, math.inf) for key in keys]
         if losses.tokens.get(block.name, 0) == 0:
-            row = [rates.get((turned, block.layer, block.projection, s), r)
-                   for s, r in zip(settings.schemes, row, strict=True)]
+            row = [
+                rates.get((turned, block.layer, block.projection, s), r)
+                for s, r in zip(settings.schemes, row, strict=True)
+            ]
         rows.append(_monotone(block, settings.schemes, row))
         quantizers.append(tuple(losses.quantizer.get(key, "") for key in keys))
         infos.append(_info(adapter, block, losses.tokens.get(block.name, 0)))

@@ -1,11 +1,12 @@
 """Quantize blocks of one shape together and keep, for each, what does best on held-out inputs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from mxq.blocks import LinearBlock
 from mxq.numerics import (
     QuantizedWeight,
     check_finite,
@@ -21,19 +22,24 @@ from mxq.scheme import Scheme
 MIN_HELDOUT_ROWS = 8
 """Below this many held-out tokens a block is judged on the tokens it was fitted to."""
 
+BATCH_BYTES = 512 * 2**20
+"""Memory for the weights and Hessians of blocks that are quantized together."""
+
 
 @dataclass(frozen=True, slots=True)
 class BlockBatch:
     """Blocks of one shape with their inputs: weights [B, N, K], Hessians [B, K, K].
 
     ``judges`` are, for each block, the inputs and squared routing weights on which quantizers
-    are compared. A rotated batch holds rotated weights, Hessians and judges.
+    are compared. A rotated batch holds rotated weights, Hessians and judges; ``plain_BNK`` are
+    the weights as they were.
     """
 
     names: tuple[str, ...]
     w_BNK: Tensor
     hessian_BKK: Tensor
     judges: tuple[tuple[Tensor, Tensor], ...]
+    plain_BNK: Tensor
     rotated: bool = False
 
 
@@ -71,6 +77,16 @@ class BlockInputs:
     fit_rows: int
 
 
+def expert_chunks(blocks: Sequence[LinearBlock]) -> Iterator[list[int]]:
+    """Experts of a site in groups whose weights and Hessians fit in BATCH_BYTES."""
+    experts = sorted({block.expert for block in blocks if block.expert is not None})
+    # Weights and their copies while they are rounded; Hessian, inverse and factors.
+    cost = max(4 * (6 * block.weights + 5 * block.in_features**2) for block in blocks)
+    step = max(1, BATCH_BYTES // cost)
+    for start in range(0, len(experts), step):
+        yield experts[start : start + step]
+
+
 def make_batch(blocks: Sequence[BlockInputs], prior_KK: Tensor | None) -> BlockBatch:
     """Weights and shrunk second moments of blocks of one shape.
 
@@ -93,14 +109,20 @@ def make_batch(blocks: Sequence[BlockInputs], prior_KK: Tensor | None) -> BlockB
         start = block.fit_rows if enough else 0
         judges.append((block.x_TK[start:].to(torch.float32), weight_T[start:]))
     w_BNK = torch.stack([block.w_NK.to(torch.float32) for block in blocks])
-    return BlockBatch(tuple(b.name for b in blocks), w_BNK, torch.stack(hessians), tuple(judges))
+    names = tuple(block.name for block in blocks)
+    return BlockBatch(names, w_BNK, torch.stack(hessians), tuple(judges), w_BNK)
 
 
 def rotate_batch(batch: BlockBatch) -> BlockBatch:
     """The same blocks with their input side rotated."""
     judges = tuple((rotate(x_TK), weight_T) for x_TK, weight_T in batch.judges)
     return BlockBatch(
-        batch.names, rotate(batch.w_BNK), rotate_moments(batch.hessian_BKK), judges, rotated=True
+        batch.names,
+        rotate(batch.w_BNK),
+        rotate_moments(batch.hessian_BKK),
+        judges,
+        batch.plain_BNK,
+        rotated=True,
     )
 
 
@@ -112,6 +134,12 @@ def quantize_batch(
     Raises:
         ValueError: If the scheme does not fit, or a quantizer gives non-finite values.
     """
+    if scheme.kind == "bf16":
+        kept = quantize_rtn(batch.plain_BNK, scheme)
+        return tuple(
+            Candidate(block, kept[index], "none", rotated=False)
+            for index, block in enumerate(batch.names)
+        )
     assert callable(quantizer)
     chosen: QuantizedWeight = quantizer(batch.w_BNK, scheme, batch.hessian_BKK)
     simple = chosen

@@ -31,9 +31,7 @@ def quantize_rtn(w_NK: Tensor, scheme: Scheme, hessian_KK: Tensor | None = None)
     return on_grid(round_to_grid(w_NK, scale_NG, zero_NG, scheme), scale_NG, zero_NG, scheme)
 
 
-def on_grid(
-    codes_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor, scheme: Scheme
-) -> QuantizedWeight:
+def on_grid(codes_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor, scheme: Scheme) -> QuantizedWeight:
     """Codes with their grid in the types of storage."""
     zero = None if scheme.symmetric else zero_NG.to(torch.uint8)
     return QuantizedWeight(codes_NK, scale_NG.half(), zero, scheme)

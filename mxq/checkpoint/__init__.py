@@ -1,0 +1,1 @@
+"""Packed checkpoints: written layer by layer, loaded by ``AutoModelForCausalLM.from_pretrained``."""

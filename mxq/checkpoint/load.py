@@ -1,0 +1,153 @@
+"""Registers the checkpoint format with transformers; imported by ``import mxq``.
+
+``AutoModelForCausalLM.from_pretrained(folder)`` then builds the model on the meta device, swaps in
+packed modules, and loads the packed tensors as they are: nothing is decoded at load.
+"""
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from mxq.checkpoint.format import QUANT_METHOD, CheckpointPlan
+from mxq.checkpoint.modules import MxqExperts, packed_linear
+from mxq.models.experts import is_fused_experts
+
+
+@register_quantization_config(QUANT_METHOD)
+class MxqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped here
+    """The ``quantization_config`` of an mxq checkpoint."""
+
+    def __init__(self, **fields: Any) -> None:
+        fields.pop("quant_method", None)
+        self.quant_method = QUANT_METHOD
+        for name, value in fields.items():
+            setattr(self, name, value)
+
+    def plan(self) -> CheckpointPlan:
+        """The validated fields."""
+        return CheckpointPlan.from_json(vars(self))
+
+
+@register_quantizer(QUANT_METHOD)
+class MxqQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is untyped here
+    """Swaps in the packed modules and checks the files; transformers does the loading."""
+
+    requires_calibration = True
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Take the guard out of the configuration (see ``mxq.checkpoint.format.GUARD``)."""
+        if getattr(config, "transformers_weights", None) is not None:
+            config.transformers_weights = None
+        return config
+
+    def _process_model_before_weight_loading(
+        self,
+        model: PreTrainedModel,
+        checkpoint_files: list[str] | None = None,
+        dtype: torch.dtype | None = None,
+        **unused: Any,
+    ) -> PreTrainedModel:
+        plan: CheckpointPlan = self.quantization_config.plan()
+        paths = [Path(name) for name in checkpoint_files or ()]
+        check_files(plan, paths)
+        swap_modules(model, plan, dtype or torch.get_default_dtype())
+        check_tensors(model, paths)
+        return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """None: the files use the names of the module tree."""
+        return []
+
+    def is_serializable(self) -> bool:
+        """False: a copy of the folder is the way to save it again."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        """False: codes have no gradient."""
+        return False
+
+
+def swap_modules(model: nn.Module, plan: CheckpointPlan, compute_dtype: torch.dtype) -> None:
+    """Replace the modules of the plan by packed ones, on the meta device.
+
+    Raises:
+        ValueError: If the plan names a module that the architecture does not have.
+    """
+    modules = dict(model.named_modules())
+    for path, schemes in plan.experts.items():
+        original = modules.get(path)
+        if original is None or not is_fused_experts(original):
+            raise ValueError(f"the checkpoint's plan names experts {path!r}, absent in this model")
+        rotated = path in plan.rotated
+        with torch.device("meta"):
+            packed = MxqExperts(original, schemes, rotated=rotated, compute_dtype=compute_dtype)
+        model.set_submodule(path, packed)
+    for path, scheme in plan.linears.items():
+        original = modules.get(path)
+        if not isinstance(original, nn.Linear):
+            raise ValueError(f"the checkpoint's plan names a linear {path!r}, absent in this model")
+        with torch.device("meta"):
+            linear = packed_linear(
+                original, scheme, rotated=path in plan.rotated, compute_dtype=compute_dtype
+            )
+        model.set_submodule(path, linear)
+
+
+def check_files(plan: CheckpointPlan, paths: list[Path]) -> None:
+    """Raise ValueError unless the files are those that the plan was written with."""
+    found = {path.name: path for path in paths}
+    absent = sorted(set(plan.files) - set(found))
+    foreign = sorted(set(found) - set(plan.files))
+    if absent or foreign:
+        raise ValueError(
+            f"the checkpoint's files do not match its plan: absent {absent}, not in the plan "
+            f"{foreign}; copy the folder again"
+        )
+    names = sorted(found)
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(lambda name: file_digest(found[name]), names))
+    for name, digest in zip(names, digests, strict=True):
+        if digest != plan.files[name]:
+            raise ValueError(
+                f"{found[name]} is damaged or was edited: its SHA-256 is {digest[:12]}..., "
+                f"expected {plan.files[name][:12]}...; copy or download it again"
+            )
+
+
+def check_tensors(model: nn.Module, paths: list[Path]) -> None:
+    """Raise ValueError unless the files hold exactly the tensors that the modules declare."""
+    declared = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found: dict[str, tuple[int, ...]] = {}
+    for path in paths:
+        try:
+            with safe_open(path, "pt") as file:
+                found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    for name in sorted(set(declared) - set(found) - tied):
+        raise ValueError(f"the checkpoint lacks {name}; it was edited, or is of another model")
+    for name, shape in sorted(found.items()):
+        if name not in declared:
+            raise ValueError(f"the checkpoint holds {name}, which its plan does not mention")
+        if declared[name] != shape:
+            raise ValueError(
+                f"{name} has shape {list(shape)}, its scheme needs {list(declared[name])}: "
+                "the plan in config.json was edited"
+            )
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,166 @@
+"""The packed runtime: modules that hold packed weights and decode one weight per call."""
+
+from collections.abc import Callable, Mapping
+from types import MethodType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from mxq.checkpoint.tensors import from_tensors, tensor_shapes
+from mxq.models.experts import (
+    Experts,
+    expert_bias,
+    expert_count,
+    expert_output,
+    projection_shapes,
+    route,
+)
+from mxq.numerics import dequantize, fake_quantize_input, rotate, unrotate
+from mxq.scheme import Scheme
+
+DECODE_WEIGHTS = 2**20
+"""Weights decoded at a time, so that a decode needs little beside its result."""
+
+
+class MxqLinear(nn.Module):
+    """A linear with a packed weight. Its scales keep their type under ``.to(dtype)``."""
+
+    def __init__(
+        self,
+        scheme: Scheme,
+        in_features: int,
+        out_features: int,
+        *,
+        bias_dtype: torch.dtype | None,
+        rotated: bool,
+        compute_dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.scheme, self.compute_dtype = scheme, compute_dtype
+        # bf16 loses nothing that a rotation could save, so it keeps the plain weight.
+        self.rotated = rotated and scheme.kind != "bf16"
+        self.in_features, self.out_features = in_features, out_features
+        self.stored = tuple(tensor_shapes(scheme, out_features, in_features))
+        for suffix, (shape, dtype) in tensor_shapes(scheme, out_features, in_features).items():
+            empty = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+            self.register_parameter(suffix, empty)
+        bias = None if bias_dtype is None else torch.empty(out_features, dtype=bias_dtype)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def decode(self, dtype: torch.dtype) -> Tensor:
+        """The weight [N, K] in the frame of the (rotated) input."""
+        tensors = {suffix: self.get_parameter(suffix) for suffix in self.stored}
+        q = from_tensors(tensors, self.scheme, self.out_features, self.in_features)
+        w_NK = torch.empty(
+            self.out_features, self.in_features, dtype=dtype, device=q.codes_NK.device
+        )
+        rows = max(1, DECODE_WEIGHTS // self.in_features)
+        for start in range(0, self.out_features, rows):
+            part = slice(start, start + rows)
+            w_NK[part] = dequantize(q[part], dtype)
+        return w_NK
+
+    def __getattr__(self, name: str) -> Any:
+        """Decode ``weight`` for modeling code that reads it instead of calling the module."""
+        if name == "weight" and "weight" not in self.__dict__.get("stored", ("weight",)):
+            w_NK = self.decode(self.compute_dtype)
+            return unrotate(w_NK) if self.rotated else w_NK
+        return super().__getattr__(name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``W x + b``, the input rotated and rounded as the scheme says."""
+        x = rotate(x) if self.rotated else x
+        x = fake_quantize_input(x, self.scheme)
+        return nn.functional.linear(x, self.decode(x.dtype), self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MxqLinear":
+        stored = {id(self.get_parameter(suffix)) for suffix in self.stored}
+
+        def move_only(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if id(tensor) in stored else moved
+
+        super()._apply(move_only, recurse)
+        return self
+
+    def extra_repr(self) -> str:
+        """Shape and scheme."""
+        turned = ", rotated" if self.rotated else ""
+        return f"{self.in_features} -> {self.out_features}, {self.scheme}{turned}"
+
+
+class MxqExperts(nn.Module):
+    """Stands in for any experts module of transformers, expert by expert packed.
+
+    Flags, gate function and activation are those of the module it replaces.
+    """
+
+    def __init__(
+        self,
+        original: nn.Module,
+        schemes: Mapping[str, tuple[Scheme, ...]],
+        *,
+        rotated: bool,
+        compute_dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        for name, value in vars(original).items():
+            if not name.startswith("_") and name != "training":
+                setattr(self, name, value)
+        for name, child in original.named_children():
+            setattr(self, name, child)
+        gate = getattr(type(original), "_apply_gate", None)
+        if gate is not None:
+            self._apply_gate = MethodType(gate, self)
+        self.experts = expert_count(original)
+        for expert in range(self.experts):
+            self.add_module(
+                str(expert), _packed_expert(original, expert, schemes, rotated, compute_dtype)
+            )
+
+    def forward(self, hidden_TH: Tensor, index_TR: Tensor, weights_TR: Tensor) -> Tensor:
+        """Weighted sum of the routed experts, [T, H]."""
+        flags = cast(Experts, self)
+
+        def output(expert: int, x_TH: Tensor) -> Tensor:
+            parts = self.get_submodule(str(expert))
+            return expert_output(flags, lambda p, x: getattr(parts, f"{p}_proj")(x), x_TH)
+
+        return route(hidden_TH, index_TR, weights_TR, self.experts, output)
+
+
+def _packed_expert(
+    original: nn.Module,
+    expert: int,
+    schemes: Mapping[str, tuple[Scheme, ...]],
+    rotated: bool,
+    compute_dtype: torch.dtype,
+) -> nn.Module:
+    parts = nn.Module()
+    for projection, (out_features, in_features) in projection_shapes(original).items():
+        bias = expert_bias(original, expert, projection)
+        linear = MxqLinear(
+            schemes[f"{projection}_proj"][expert],
+            in_features,
+            out_features,
+            bias_dtype=None if bias is None else bias.dtype,
+            rotated=rotated,
+            compute_dtype=compute_dtype,
+        )
+        parts.add_module(f"{projection}_proj", linear)
+    return parts
+
+
+def packed_linear(
+    original: nn.Linear, scheme: Scheme, *, rotated: bool, compute_dtype: torch.dtype
+) -> MxqLinear:
+    """The packed twin of a plain linear."""
+    return MxqLinear(
+        scheme,
+        original.in_features,
+        original.out_features,
+        bias_dtype=None if original.bias is None else original.bias.dtype,
+        rotated=rotated,
+        compute_dtype=compute_dtype,
+    )
