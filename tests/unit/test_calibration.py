@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from mxq import demo
+from mxq.profiling import calibration as calibration_module
 from mxq.profiling.calibration import CalibrationSet, load_calibration
 
 EOS, BOS = 0, 1
@@ -220,15 +221,15 @@ def test_ids_of_several_documents_are_joined_as_they_are():
     assert calibration.input_ids.tolist() == [[*range(5), *range(10, 21)]]
 
 
-def test_an_endless_iterable_is_read_only_as_far_as_needed():
+def test_an_iterable_is_read_only_as_far_as_needed():
     taken = []
 
-    def endless():
-        for start in itertools.count():
+    def many():
+        for start in range(100):
             taken.append(start)
             yield "1 2 3 4 5 6 7 8 9 10"
 
-    load(endless())  # 64 tokens: six texts of 10 give 60, the seventh is the last
+    load(many())  # 64 tokens: six texts of 10 give 60, the seventh is the last
     assert len(taken) == 7
 
 
@@ -236,7 +237,7 @@ def test_an_iterable_of_batches_is_read_only_as_far_as_needed():
     taken = []
 
     def batches():
-        for start in itertools.count():
+        for start in range(100):
             taken.append(start)
             yield {"input_ids": torch.full((3, 6), start)}
 
@@ -307,6 +308,16 @@ def test_demo_has_all_its_domains_and_repeats():
     again = load("demo", tokenizer=make_character_tokenizer(), samples=10, seqlen=64)
     assert calibration == again
     assert len(set(map(tuple, calibration.input_ids.tolist()))) == 10
+
+
+def test_demo_documents_go_on_without_repeating():
+    texts = itertools.islice(
+        calibration_module._demo()[0].items, 2 * calibration_module.DEMO_DOCUMENTS + 1
+    )
+    expected = demo.documents(
+        "calibration", 2 * calibration_module.DEMO_DOCUMENTS + 1, domain=demo.DOMAINS[0]
+    )
+    assert list(texts) == [document.text for document in expected]
 
 
 def make_character_tokenizer():
