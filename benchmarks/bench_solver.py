@@ -157,11 +157,15 @@ def _about(arguments: argparse.Namespace) -> Mapping[str, Any]:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--blocks", type=int, default=44544)
     parser.add_argument("--schemes", type=int, default=8)
     parser.add_argument("--budgets", type=int, default=2, choices=(1, 2))
-    parser.add_argument("--tightness", type=float, default=0.75, help="0 any plan, 1 only the cheapest")
+    parser.add_argument(
+        "--tightness", type=float, default=0.75, help="0 any plan, 1 only the cheapest"
+    )
     parser.add_argument("--gap", type=float, default=1e-4)
     parser.add_argument("--solver", default="pulp", choices=tuple(SOLVERS))
     parser.add_argument("--plain-limit", type=float, default=120.0, help="seconds; 0 leaves it out")

@@ -1,11 +1,12 @@
 """Which block gets which scheme: problem, bounds, solvers, costs. Numbers only, no tensors.
 
-``SOLVERS`` maps a name to a solver, a callable ``(AllocationProblem, *, gap, time_limit_s)``. The
-PuLP solver is imported when it is first called, so this package works without PuLP.
+``SOLVERS`` maps a name to a solver, a callable ``(AllocationProblem, *, gap, time_limit_s)``;
+``allocate`` takes such a callable too. Importing this package does not import PuLP.
 """
 
-from collections.abc import Mapping
-
+from mxq.search.allocate import allocate, best_uniform, pareto, uniform
+from mxq.search.cost import CostModel, Device, LatencyModel, load_device, storage_cost
+from mxq.search.granularity import GRANULARITIES
 from mxq.search.problem import (
     AllocationProblem,
     Budget,
@@ -15,29 +16,25 @@ from mxq.search.problem import (
     Solver,
     tie,
 )
-from mxq.search.solver_lagrangian import solve_lagrangian
+from mxq.search.solvers import SOLVERS
 
 __all__ = [
+    "GRANULARITIES",
     "SOLVERS",
     "AllocationProblem",
     "Budget",
+    "CostModel",
+    "Device",
     "Floor",
     "InfeasibleError",
+    "LatencyModel",
     "Solution",
     "Solver",
-    "solve_lagrangian",
-    "solve_pulp",
+    "allocate",
+    "best_uniform",
+    "load_device",
+    "pareto",
+    "storage_cost",
     "tie",
+    "uniform",
 ]
-
-
-def solve_pulp(
-    problem: AllocationProblem, *, gap: float = 1e-4, time_limit_s: float = 60.0
-) -> Solution:
-    """See ``mxq.search.solver_pulp.solve_pulp``."""
-    from mxq.search import solver_pulp  # noqa: PLC0415 (PuLP is only needed here)
-
-    return solver_pulp.solve_pulp(problem, gap=gap, time_limit_s=time_limit_s)
-
-
-SOLVERS: Mapping[str, Solver] = {"pulp": solve_pulp, "lagrangian": solve_lagrangian}

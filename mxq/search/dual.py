@@ -17,7 +17,7 @@ import numpy as np
 from mxq.search.problem import Choice, Matrix
 from mxq.search.rows import Row, System, part_of
 
-_TEMPERATURES = tuple(4.0**-k for k in range(1, 9))
+_TEMPERATURES = tuple(4.0**-k for k in range(2, 9))
 _NEWTON_STEPS = 30
 _MOST_BOXES = 8
 
@@ -32,9 +32,13 @@ class Dual:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Smooth:
-    """Soft-minimum value at some prices, its gradient and the negative of its Hessian."""
+    """Soft-minimum value at some prices, its gradient and the negative of its Hessian.
+
+    ``softness`` is by how much the value is below that of the hard minimum.
+    """
 
     value: float
+    softness: float
     slope: Matrix
     curvature: Matrix
 
@@ -72,7 +76,8 @@ def value(system: System, prices: Matrix) -> float:
 
 def decide(system: System, prices: Matrix) -> Choice:
     """The scheme that each block takes at these prices."""
-    return system.priced(prices).argmin(axis=0)
+    choice: Choice = system.priced(prices).argmin(axis=0)
+    return choice
 
 
 def _price_alone(system: System, index: int) -> float:
@@ -132,7 +137,8 @@ def _follow(system: System, best: Dual) -> Dual:
 
 def _reach(prices: Matrix, temperature: float) -> Matrix:
     """How far prices may move before the undecided blocks are looked up anew."""
-    return min(0.5, 20 * temperature) * np.maximum(prices, 0.05 * prices.max())
+    reach: Matrix = min(0.5, 8 * temperature) * np.maximum(prices, 0.05 * prices.max())
+    return reach
 
 
 def _undecided(system: System, prices: Matrix, reach: Matrix, tau: float) -> System:
@@ -187,7 +193,8 @@ def _smooth(system: System, prices: Matrix, tau: float, pairs: list[_Overlap]) -
     weight_SB = np.exp((lowest_B - priced_SB) / tau)
     total_B = weight_SB.sum(axis=0)
     share_SB = weight_SB / total_B
-    result = float((lowest_B - tau * np.log(total_B)).sum() - prices @ system.limits)
+    softness = tau * float(np.log(total_B).sum())
+    result = float(lowest_B.sum() - prices @ system.limits) - softness
     shares = [row.of_members(share_SB) for row in system.rows]
     means = [(s * row.cost_SM).sum(axis=0) for s, row in zip(shares, system.rows, strict=True)]
     curvature = np.zeros((len(prices), len(prices)))
@@ -198,16 +205,16 @@ def _smooth(system: System, prices: Matrix, tau: float, pairs: list[_Overlap]) -
             (_at(means[i], left), _at(means[j], right)),
         )
         curvature[i, j] = curvature[j, i] = covariance / tau
-    return _Smooth(result, np.array([mean.sum() for mean in means]) - system.limits, curvature)
+    return _Smooth(
+        result, softness, np.array([mean.sum() for mean in means]) - system.limits, curvature
+    )
 
 
 def _at(values: Matrix, positions: Choice | None) -> Matrix:
     return values if positions is None else values[..., positions]
 
 
-def _covariance(
-    share: Matrix, costs: tuple[Matrix, Matrix], means: tuple[Matrix, Matrix]
-) -> float:
+def _covariance(share: Matrix, costs: tuple[Matrix, Matrix], means: tuple[Matrix, Matrix]) -> float:
     product = np.einsum("sb,sb,sb->", share, costs[0], costs[1])
     return float(product - means[0] @ means[1])
 
@@ -216,7 +223,7 @@ def _newton(system: System, prices: Matrix, tau: float, inside: _Inside) -> Matr
     here = _smooth(system, prices, tau, inside.pairs)
     for _ in range(_NEWTON_STEPS):
         step = _step(prices, here, inside.box)
-        if here.slope @ step < 0.01 * tau:
+        if here.slope @ step < 1e-3 * (here.softness + tau):
             break
         for halvings in range(12):
             there_prices = np.clip(prices + step * 0.5**halvings, *inside.box)

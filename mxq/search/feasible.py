@@ -43,7 +43,8 @@ def _dearest(system: System) -> Choice:
     cost_SB = np.where(np.isfinite(system.loss_SB), 0.0, np.inf)
     for row in system.rows:
         cost_SB[:, slice(None) if row.members is None else row.members] += row.cost_SM
-    return cost_SB.argmin(axis=0)
+    choice: Choice = cost_SB.argmin(axis=0)
+    return choice
 
 
 def _as_loss(row: Row, loss_SB: Matrix) -> Matrix:

@@ -190,9 +190,7 @@ def tie(
 
 def _tied_floor(floor: Floor, of_block: Choice) -> Floor:
     members, position = np.unique(of_block[floor.members], return_inverse=True)
-    return Floor(
-        floor.name, members, _summed(floor.cost, position, len(members)), floor.minimum
-    )
+    return Floor(floor.name, members, _summed(floor.cost, position, len(members)), floor.minimum)
 
 
 def _summed(rows: Matrix, of_row: NDArray[np.intp], groups: int) -> Matrix:
@@ -233,7 +231,9 @@ def _check_loss(loss: Matrix) -> None:
         raise ValueError(f"loss of block {row}, scheme {column} is {loss[row, column]}")
     without = np.flatnonzero(~np.isfinite(loss).any(axis=1))
     if without.size:
-        raise ValueError(f"{without.size} blocks have no available scheme, first block {without[0]}")
+        raise ValueError(
+            f"{without.size} blocks have no available scheme, first block {without[0]}"
+        )
 
 
 def _check_budget(problem: AllocationProblem, budget: Budget) -> None:

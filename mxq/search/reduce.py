@@ -131,7 +131,8 @@ def _beats(system: System, t: int, s: int) -> NDArray[np.bool_]:
         where = slice(None) if row.members is None else row.members
         no_worse[where] &= row.cost_SM[t] <= row.cost_SM[s]
         better[where] |= row.cost_SM[t] < row.cost_SM[s]
-    return no_worse & (better | (t < s))
+    beaten: NDArray[np.bool_] = no_worse & (better | (t < s))
+    return beaten
 
 
 def shrunk(core: Core, cut: float) -> Core:

@@ -5,7 +5,6 @@ numpy then takes the minimum over the schemes of all blocks as S long vector ope
 """
 
 from dataclasses import dataclass, replace
-
 from typing import TypeVar
 
 import numpy as np
@@ -101,9 +100,7 @@ def system_of(problem: AllocationProblem) -> System:
     return System(np.ascontiguousarray(problem.loss.T), tuple(rows))
 
 
-def part_of(
-    system: System, is_open: NDArray[np.bool_], choice: Choice
-) -> tuple[System, float]:
+def part_of(system: System, is_open: NDArray[np.bool_], choice: Choice) -> tuple[System, float]:
     """The open blocks with what the others leave over, and the loss of the others.
 
     ``choice`` is the scheme of each block; only those of the blocks that are not open matter.
@@ -116,17 +113,17 @@ def part_of(
         decided = np.flatnonzero(~opened)
         spent = float(row.cost_SM[chosen[decided], decided].sum())
         members = None if row.members is None else number[row.members[opened]]
-        rows.append(replace(
-            row, members=members, cost_SM=row.cost_SM[:, opened], limit=row.limit - spent
-        ))
+        rows.append(
+            replace(row, members=members, cost_SM=row.cost_SM[:, opened], limit=row.limit - spent)
+        )
     decided = np.flatnonzero(~is_open)
     loss = float(system.loss_SB[choice[decided], decided].sum())
     return System(system.loss_SB[:, is_open], tuple(rows)), loss
 
 
 def _row(name: str, members: Choice | None, cost: Matrix, limit: float) -> Row:
-    largest = abs(limit) if limit != 0 else np.abs(cost).max(initial=0.0)
-    scale = 2.0 ** -np.round(np.log2(largest)) if largest > 0 else 1.0
+    largest = abs(limit) if limit != 0 else float(np.abs(cost).max(initial=0.0))
+    scale = 2.0 ** -round(float(np.log2(largest))) if largest > 0 else 1.0
     return Row(name, members, np.ascontiguousarray(cost.T) * scale, limit * scale, scale)
 
 

@@ -111,7 +111,7 @@ def _prune(table: _Table, core: Core, room: float, rest: tuple[Matrix, Matrix]) 
     least, most = rest[0][:, None], rest[1][:, None]
     tolerance = 100 * ROUNDING * (np.abs(limits) + np.abs(table.used).max(initial=0.0))
     feasible = (table.used + least <= limits + tolerance).all(axis=0)
-    # Budget that can no longer be used is paid for at its price: loss = bound + reduced + p . slack.
+    # Budget that can no longer be used is paid for: loss = bound + reduced + p . slack.
     slack = np.maximum(limits - table.used - most, 0.0)
     margin = 1e-12 * (abs(core.bound) + float(prices @ np.abs(core.system.limits)))
     better = table.reduced + prices @ slack <= room + margin

@@ -138,4 +138,5 @@ def _chosen(pick: _Pick, shape: tuple[int, ...]) -> Choice:
     shares_SB = np.zeros(shape)
     for b, s, x in pick:
         shares_SB[s, b] = x.value()
-    return shares_SB.argmax(axis=0)
+    choice: Choice = shares_SB.argmax(axis=0)
+    return choice
