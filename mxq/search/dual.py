@@ -120,10 +120,11 @@ def _follow(system: System, best: Dual) -> Dual:
     for temperature in _TEMPERATURES:
         # Limits are near 1, so the sum of prices is about what all blocks together pay.
         tau = temperature * float(prices.sum()) / blocks
-        for _ in range(_MOST_BOXES):
+        for box_number in range(_MOST_BOXES):
             if tau <= 0:
                 return best
-            centre, reach = prices, _reach(prices, temperature)
+            # Prices that ran against the side of their box get a larger one.
+            centre, reach = prices, _reach(prices, temperature) * 2.0**box_number
             part = _undecided(system, prices, reach, tau)
             box = (np.maximum(centre - reach, 0.0), centre + reach)
             prices = _newton(part, prices, tau, _Inside(box, _overlaps(part, together)))
