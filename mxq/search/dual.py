@@ -87,8 +87,8 @@ def _price_alone(system: System, index: int) -> float:
     if part.is_feasible(decide(part, np.zeros(1))):
         return 0.0
     finite = part.loss_SB[np.isfinite(part.loss_SB)]
-    low, high = 0.0, max(float(np.ptp(finite)), 1e-300)
-    for _ in range(200):
+    low, high = 0.0, float(np.ptp(finite)) or 1.0
+    for _ in range(100):  # 8^100 is far above any useful price, and still a number
         if part.is_feasible(decide(part, np.array([high]))):
             break
         low, high = high, high * 8

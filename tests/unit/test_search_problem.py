@@ -1,5 +1,7 @@
 """The allocation problem: what it refuses, what it says, and tied blocks."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -46,9 +48,8 @@ def test_one_bit_over_a_large_budget_is_over():
     ],
 )
 def test_wrong_losses_are_named(loss, message):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=re.escape(message)):
         problem(loss=loss)
-    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -61,10 +62,8 @@ def test_wrong_losses_are_named(loss, message):
     ],
 )
 def test_wrong_budgets_are_named(cost, limit, message):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="budget 'bytes' " + re.escape(message)):
         Budget("bytes", cost, limit)
-    assert message in str(error.value)
-    assert "'bytes'" in str(error.value)
 
 
 def test_wrong_floors_are_named():

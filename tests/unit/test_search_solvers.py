@@ -60,7 +60,9 @@ def random_problem(seed, *, most_blocks=5, most_schemes=4):
         cost = rng.integers(0, 6, shape) * 1.0 if rng.random() < 0.5 else rng.random(shape)
         low = np.where(missing, np.inf, cost).min(axis=1).sum()
         high = np.where(missing, -np.inf, cost).max(axis=1).sum()
-        budgets.append(Budget(f"b{number}", cost, low + rng.choice([0, 0.3, 0.6, 1.2]) * (high - low)))
+        budgets.append(
+            Budget(f"b{number}", cost, low + rng.choice([0, 0.3, 0.6, 1.2]) * (high - low))
+        )
     floors = []
     for number in range(rng.integers(0, 3) if rng.random() < 0.5 else 0):
         members = rng.choice(blocks, size=rng.integers(1, blocks + 1), replace=False)
@@ -75,7 +77,9 @@ def large_problem(blocks, *, tightness=0.7, seed=1):
     rng = np.random.default_rng(seed)
     bits = np.array([2.0, 3, 4, 8, 4, 8])
     tokens = rng.pareto(1.5, blocks)[:, None] + 0.01
-    loss = tokens * rng.lognormal(0, 1, (blocks, 1)) * 4.0**-bits * rng.lognormal(0, 0.3, (blocks, 6))
+    loss = (
+        tokens * rng.lognormal(0, 1, (blocks, 1)) * 4.0**-bits * rng.lognormal(0, 0.3, (blocks, 6))
+    )
     latency = np.maximum(bits, 3 * tokens * np.array([1, 1, 1, 1, 0.5, 0.5]))
     costs = {"bytes": np.broadcast_to(bits, loss.shape), "latency": latency}
     budgets = []
@@ -224,9 +228,7 @@ def core_problem():
     return problem
 
 
-@pytest.mark.parametrize(
-    "status", [pulp.LpSolutionNoSolutionFound, pulp.LpSolutionIntegerFeasible]
-)
+@pytest.mark.parametrize("status", [pulp.LpSolutionNoSolutionFound, pulp.LpSolutionIntegerFeasible])
 def test_numbers_of_a_failed_solve_are_never_read(monkeypatch, status):
     def unread(*_):
         raise AssertionError("values of a failed solve were read")
@@ -252,7 +254,7 @@ def test_without_time_the_plan_is_feasible_and_not_called_proven(solver):
 def test_without_time_and_plan_there_is_no_solution(solver):
     # Sums of 0, 1, 2 or 3 of these meet neither limit exactly, so no heuristic finds a plan.
     seed = next(s for s in range(2000) if is_hard(s))
-    with pytest.raises(RuntimeError, match="no plan found within 'low' .*none ruled out"):
+    with pytest.raises(RuntimeError, match=r"no plan found within 'low' .*none ruled out"):
         SOLVERS[solver](hard_problem(seed), time_limit_s=0.0)
     assert SOLVERS[solver](hard_problem(seed)).proven
 
