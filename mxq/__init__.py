@@ -1,3 +1,15 @@
-"""Mixed-precision quantization of Mixture-of-Experts and dense language models."""
+"""Mixed-precision quantization of Mixture-of-Experts and dense language models.
+
+Importing mxq registers its checkpoint format, so that
+``transformers.AutoModelForCausalLM.from_pretrained(folder)`` loads what ``mxq quantize`` wrote.
+"""
+
+from mxq.api import quantize
+from mxq.checkpoint import load as _registers_the_format
+from mxq.scheme import Scheme
 
 __version__ = "0.1.0"
+
+__all__ = ["Scheme", "__version__", "quantize"]
+
+del _registers_the_format

@@ -30,6 +30,11 @@ class Batches:
     fit: int
 
     @property
+    def heldout(self) -> tuple[Tensor, ...]:
+        """The held-out batches."""
+        return self.tokens[self.fit :]
+
+    @property
     def fit_tokens(self) -> int:
         """Number of tokens of the fit batches."""
         return sum(batch.numel() for batch in self.tokens[: self.fit])

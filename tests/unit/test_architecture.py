@@ -38,11 +38,17 @@ LEVELS = {
     "search": 2,
     "storage": 2,
     "checkpoint": 3,
+    "evaluation": 3,
     "profiling": 3,
     "report": 3,
-    "pipeline": 4,
-    "cli": 5,
-    "__main__": 6,
+    "publish": 4,
+    "workspace": 4,
+    "api": 6,
+    "pipeline": 5,
+    "progress": 5,
+    "tables": 6,
+    "cli": 7,
+    "__main__": 8,
 }
 
 FILE_LINES_LIMIT = 400

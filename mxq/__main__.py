@@ -1,0 +1,5 @@
+"""``python -m mxq``."""
+
+from mxq.cli import main
+
+main()

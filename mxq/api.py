@@ -1,0 +1,151 @@
+"""The Python interface: one call with plain arguments, custom parts as plain callables."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+
+from torch import Tensor
+
+from mxq.config import (
+    AllocateOptions,
+    CalibrationOptions,
+    MeasureOptions,
+    ModelOptions,
+    OutputOptions,
+    QuantizeOptions,
+    parse_size,
+)
+from mxq.pipeline import (
+    Choices,
+    QuantizeResult,
+    Report,
+    pick,
+    run_quantize,
+)
+from mxq.profiling.sensitivity import SENSITIVITY, Sensitivity
+from mxq.quantizers import QUANTIZERS, Quantizer, per_matrix
+from mxq.scheme import Scheme, parse_schemes
+
+Calibration = str | Tensor | Mapping[str, object] | Iterable[object]
+
+
+def quantize(  # noqa: PLR0913  (each option stands alone and has a default)
+    model: str | PathLike[str],
+    *,
+    output: str | PathLike[str],
+    bits: float | None = None,
+    size: str | int | None = None,
+    plan: str | None = None,
+    calibration: Calibration | None = None,
+    schemes: str | Sequence[str | Scheme] = (),
+    samples: int = 128,
+    seqlen: int = 512,
+    seed: int = 0,
+    scope: str = "auto",
+    keep: Sequence[str] = (),
+    sensitivity: str | Sensitivity = "fisher",
+    quantizer: str | Quantizer = "gptq",
+    rotation: str = "auto",
+    granularity: str = "block",
+    tie_gate_up: bool = False,
+    floor_bits: float | None = None,
+    device: str | None = None,
+    tokens: int | None = None,
+    max_latency_us: float | None = None,
+    work: str | PathLike[str] | None = None,
+    overwrite: bool = False,
+    guard: bool = True,
+    progress: Report | None = None,
+) -> QuantizeResult:
+    """Quantize a model to a budget and write a checkpoint that ``from_pretrained`` loads.
+
+    Args:
+        model: Hub id, model folder, or "demo" for the embedded model.
+        output: Folder to write.
+        bits: Stored bits per weight of the quantized blocks, metadata included.
+        size: Size of the whole checkpoint instead, e.g. "5.2GiB", or in bytes.
+        plan: "uniform:SCHEME" to force a plan.
+        calibration: A named set, ``file:PATH``, a list of texts, token ids, a mapping from domain
+            names to those, or any iterable of them. None is WikiText-2 (the embedded set for
+            "demo").
+        schemes: Candidates; empty means the default for the model's dimensions.
+        samples: Calibration samples.
+        seqlen: Tokens of each.
+        seed: Seed of the choice of samples.
+        scope: "experts" (the feed-forward side), "all" linears, or "auto".
+        keep: Regular expressions of parameters to leave as they are.
+        sensitivity: A name in ``SENSITIVITY`` or a ``Sensitivity`` of your own.
+        quantizer: A name in ``QUANTIZERS``, or a callable ``(w_NK, scheme, hessian_KK | None) ->
+            QuantizedWeight``.
+        rotation: "auto" rotates the inputs of a layer where that measures better; "on", "off".
+        granularity: What shares a scheme: "block", "expert", "projection" or "layer".
+        tie_gate_up: One scheme for the gate and up projections of an expert.
+        floor_bits: Least mean bits of every layer.
+        device: Device of latencies, by name or JSON file.
+        tokens: Tokens of one step, for latencies.
+        max_latency_us: Most microseconds of all blocks for one step.
+        work: Folder of the stages' results; None is ``work`` in the output folder.
+        overwrite: Whether to replace what the output folder holds.
+        guard: Whether to pack the uniform plan of the same size too and write the better one.
+        progress: Called with ``(stage, step, done, total)``.
+
+    Returns:
+        What was written, the plans, and their losses on held-out text.
+
+    Raises:
+        ValueError: For anything that the caller can mend, with what to do.
+    """
+    size_bytes = parse_size(size) if isinstance(size, str) else size
+    options = QuantizeOptions(
+        model=ModelOptions(str(model), scope=scope, keep=tuple(keep)),
+        allocate=AllocateOptions(
+            bits=bits,
+            size_bytes=size_bytes,
+            plan=plan,
+            granularity=granularity,
+            tie_gate_up=tie_gate_up,
+            floor_bits=floor_bits,
+            device=device,
+            tokens=tokens,
+            max_latency_us=max_latency_us,
+        ),
+        output=OutputOptions(Path(output), None if work is None else Path(work), overwrite, guard),
+        calibration=CalibrationOptions(_named(str(model), calibration), samples, seqlen, seed),
+        measure=MeasureOptions(
+            _schemes(schemes),
+            sensitivity if isinstance(sensitivity, str) else "own",
+            quantizer if isinstance(quantizer, str) else "own",
+            rotation,
+        ),
+    )
+    data = None if calibration is None or isinstance(calibration, str) else calibration
+    return run_quantize(
+        options, data=data, choices=_choices(sensitivity, quantizer), report=progress
+    )
+
+
+def _named(model: str, calibration: Calibration | None) -> str:
+    if isinstance(calibration, str):
+        return calibration
+    if calibration is not None:
+        return "own data"
+    return "demo" if model == "demo" else "wikitext2"
+
+
+def _schemes(schemes: str | Sequence[str | Scheme]) -> tuple[Scheme, ...]:
+    if not schemes:
+        return ()
+    return parse_schemes(schemes if isinstance(schemes, str) else [str(s) for s in schemes])
+
+
+def _choices(sensitivity: str | Sensitivity, quantizer: str | Quantizer) -> Choices | None:
+    """Callables of the caller's own; None if both are names."""
+    if isinstance(sensitivity, str) and isinstance(quantizer, str):
+        return None
+    metric = sensitivity
+    if isinstance(metric, str):
+        metric = pick(SENSITIVITY, "sensitivity", metric)
+    own = per_matrix(quantizer) if callable(quantizer) else None
+    if own is None:
+        own = pick(QUANTIZERS, "quantizer", str(quantizer))
+    return Choices(own, metric)

@@ -1,0 +1,288 @@
+"""The command line: options in, the pipeline, tables out. No logic of its own."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+from mxq import pipeline, tables
+from mxq.config import (
+    AllocateOptions,
+    CalibrationOptions,
+    MeasureOptions,
+    ModelOptions,
+    OutputOptions,
+    QuantizeOptions,
+    parse_size,
+)
+from mxq.progress import progress_display
+from mxq.scheme import Scheme, parse_schemes
+from mxq.workspace import Workspace
+
+app = typer.Typer(
+    help="Mixed-precision quantization of Mixture-of-Experts and dense language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Result = TypeVar("Result")
+
+Model = Annotated[str, typer.Argument(help="Hub id, model folder, or 'demo' (the embedded one).")]
+Work = Annotated[Path, typer.Argument(help="Work folder of an earlier run.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
+Bits = Annotated[float | None, typer.Option(help="Stored bits per weight of the blocks.")]
+Size = Annotated[str | None, typer.Option(help="Size of the whole checkpoint, e.g. 5.2GiB.")]
+Plan = Annotated[str | None, typer.Option(help="Force a plan: uniform:SCHEME.")]
+Schemes = Annotated[
+    str | None, typer.Option(help="Candidates, e.g. w2a16_g128_asym,w4a16_g64_sym.")
+]
+Calibration = Annotated[
+    str | None,
+    typer.Option(help="wikitext2, c4, pile, demo, self, file:PATH or file:NAME=PATH,NAME=PATH."),
+]
+Samples = Annotated[int, typer.Option(help="Calibration samples.")]
+Seqlen = Annotated[int, typer.Option(help="Tokens of each sample.")]
+Seed = Annotated[int, typer.Option(help="Seed of the choice of samples.")]
+Floor = Annotated[int, typer.Option(help="Tokens below which an expert is topped up.")]
+Scope = Annotated[str, typer.Option(help="auto, experts (feed-forward side) or all.")]
+Keep = Annotated[
+    list[str] | None, typer.Option(help="Regular expression of parameters to leave; repeatable.")
+]
+Revision = Annotated[str | None, typer.Option(help="Revision of a hub model.")]
+Sensitivity = Annotated[str, typer.Option(help="fisher, layer_out or output_mse.")]
+Quantizer = Annotated[str, typer.Option(help="gptq or rtn.")]
+Rotation = Annotated[str, typer.Option(help="auto (by measured gain, per layer), on or off.")]
+Granularity = Annotated[
+    str, typer.Option(help="What shares a scheme: block, expert, projection or layer.")
+]
+TieGateUp = Annotated[bool, typer.Option(help="One scheme for gate and up of an expert.")]
+FloorBits = Annotated[float | None, typer.Option(help="Least mean bits of every layer.")]
+Objective = Annotated[str, typer.Option(help="loss (global) or mxmoe (per layer, L^r T^(1-r)).")]
+R = Annotated[float, typer.Option("--r", help="Exponent r of the mxmoe objective.")]
+Solver = Annotated[str, typer.Option(help="pulp or lagrangian.")]
+Device = Annotated[str | None, typer.Option(help="Device of latencies, e.g. h200, or a JSON file.")]
+Tokens = Annotated[int | None, typer.Option(help="Tokens of one step, for latencies.")]
+MaxLatency = Annotated[
+    float | None, typer.Option(help="Most milliseconds of all blocks for one step.")
+]
+WorkOption = Annotated[
+    Path | None, typer.Option("--work", help="Folder of the stages' results; default OUTPUT/work.")
+]
+Overwrite = Annotated[bool, typer.Option(help="Replace what --output holds.")]
+Guard = Annotated[
+    bool, typer.Option(help="Pack the uniform plan too and write the better of the two.")
+]
+
+
+@app.command()
+def quantize(
+    model: Model,
+    output: Output,
+    bits: Bits = None,
+    size: Size = None,
+    plan: Plan = None,
+    schemes: Schemes = None,
+    calibration: Calibration = None,
+    samples: Samples = 128,
+    seqlen: Seqlen = 512,
+    seed: Seed = 0,
+    expert_floor: Floor = 64,
+    scope: Scope = "auto",
+    keep: Keep = None,
+    revision: Revision = None,
+    sensitivity: Sensitivity = "fisher",
+    quantizer: Quantizer = "gptq",
+    rotation: Rotation = "auto",
+    granularity: Granularity = "block",
+    tie_gate_up: TieGateUp = False,
+    floor_bits: FloorBits = None,
+    objective: Objective = "loss",
+    r: R = 0.75,
+    solver: Solver = "pulp",
+    device: Device = None,
+    tokens: Tokens = None,
+    max_latency: MaxLatency = None,
+    work: WorkOption = None,
+    overwrite: Overwrite = False,
+    guard: Guard = True,
+) -> None:
+    """Quantize a model: profile, measure, allocate, pack, and measure the result."""
+
+    def run() -> None:
+        options = QuantizeOptions(
+            ModelOptions(model, revision, scope, tuple(keep or ())),
+            AllocateOptions(
+                bits,
+                None if size is None else parse_size(size),
+                plan,
+                granularity,
+                tie_gate_up,
+                floor_bits,
+                objective,
+                r,
+                solver,
+                device,
+                tokens,
+                None if max_latency is None else 1000 * max_latency,
+            ),
+            OutputOptions(output, work, overwrite, guard),
+            _calibration(model, calibration, samples, seqlen, seed, expert_floor),
+            MeasureOptions(_schemes(schemes), sensitivity, quantizer, rotation),
+        )
+        with progress_display() as report:
+            result = pipeline.run_quantize(options, report=report)
+        tables.show_result(result)
+
+    _guarded(run)
+
+
+@app.command()
+def profile(
+    model: Model,
+    work: Annotated[Path, typer.Option("--work", help="Folder to write the profile to.")],
+    calibration: Calibration = None,
+    samples: Samples = 128,
+    seqlen: Seqlen = 512,
+    seed: Seed = 0,
+    expert_floor: Floor = 64,
+    scope: Scope = "auto",
+    keep: Keep = None,
+    revision: Revision = None,
+) -> None:
+    """Count which tokens reach which expert, by layer and domain."""
+
+    def run() -> None:
+        options = ModelOptions(model, revision, scope, tuple(keep or ()))
+        text = _calibration(model, calibration, samples, seqlen, seed, expert_floor)
+        adapter = pipeline.open_adapter(options)
+        with progress_display() as report:
+            _, stats = pipeline.run_profile(
+                Workspace(work), adapter, options, text, MeasureOptions(), report=report
+            )
+        tables.show_profile(stats)
+
+    _guarded(run)
+
+
+@app.command()
+def measure(
+    model: Model,
+    work: Annotated[Path, typer.Option("--work", help="Folder to write the table to.")],
+    schemes: Schemes = None,
+    calibration: Calibration = None,
+    samples: Samples = 128,
+    seqlen: Seqlen = 512,
+    seed: Seed = 0,
+    expert_floor: Floor = 64,
+    scope: Scope = "auto",
+    keep: Keep = None,
+    revision: Revision = None,
+    sensitivity: Sensitivity = "fisher",
+    quantizer: Quantizer = "gptq",
+    rotation: Rotation = "auto",
+) -> None:
+    """Measure the loss of every block under every scheme (profiles first)."""
+
+    def run() -> None:
+        options = ModelOptions(model, revision, scope, tuple(keep or ()))
+        text = _calibration(model, calibration, samples, seqlen, seed, expert_floor)
+        measured = MeasureOptions(_schemes(schemes), sensitivity, quantizer, rotation)
+        adapter, space = pipeline.open_adapter(options), Workspace(work)
+        with progress_display() as report:
+            tokens, _ = pipeline.run_profile(space, adapter, options, text, measured, report=report)
+            table = pipeline.run_measure(space, adapter, tokens, measured, report=report)
+        tables.show_sensitivity(table)
+
+    _guarded(run)
+
+
+@app.command()
+def allocate(
+    work: Work,
+    bits: Bits = None,
+    size: Size = None,
+    plan: Plan = None,
+    granularity: Granularity = "block",
+    tie_gate_up: TieGateUp = False,
+    floor_bits: FloorBits = None,
+    objective: Objective = "loss",
+    r: R = 0.75,
+    solver: Solver = "pulp",
+    device: Device = None,
+    tokens: Tokens = None,
+    max_latency: MaxLatency = None,
+) -> None:
+    """Solve the plan again from a work folder, in seconds; the model is not read."""
+
+    def run() -> None:
+        options = AllocateOptions(
+            bits,
+            None if size is None else parse_size(size),
+            plan,
+            granularity,
+            tie_gate_up,
+            floor_bits,
+            objective,
+            r,
+            solver,
+            device,
+            tokens,
+            None if max_latency is None else 1000 * max_latency,
+        )
+        space = Workspace(work)
+        plans = pipeline.plan_again(space, options)
+        tables.show_plans(plans, space.sensitivity())
+
+    _guarded(run)
+
+
+@app.command()
+def pack(work: Work, output: Output, overwrite: Overwrite = False) -> None:
+    """Write the checkpoint of the plan that a work folder holds."""
+
+    def run() -> None:
+        with progress_display() as report:
+            result = pipeline.pack_again(
+                Workspace(work), OutputOptions(output, work, overwrite), report=report
+            )
+        tables.show_result(result)
+
+    _guarded(run)
+
+
+@app.command()
+def inspect(folder: Annotated[Path, typer.Argument(help="A checkpoint or a work folder.")]) -> None:
+    """Show the plan of a checkpoint, or what a work folder holds."""
+    _guarded(lambda: tables.show_folder(folder))
+
+
+def main() -> None:
+    """Entry point of the ``mxq`` command."""
+    app()
+
+
+def _guarded(run: Callable[[], None]) -> None:
+    """Run a command; a mistake of the user's ends it with one message and status 1."""
+    try:
+        run()
+    except (ValueError, OSError, RuntimeError) as error:
+        tables.show_error(str(error))
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt:
+        tables.show_error("interrupted; the same command goes on from the last finished stage")
+        sys.exit(130)
+
+
+def _schemes(text: str | None) -> tuple[Scheme, ...]:
+    return () if text is None else parse_schemes(text)
+
+
+def _calibration(
+    model: str, spec: str | None, samples: int, seqlen: int, seed: int, floor: int
+) -> CalibrationOptions:
+    """Options with the default text: the embedded set for the embedded model, else WikiText-2."""
+    default = "demo" if model == "demo" else "wikitext2"
+    return CalibrationOptions(spec or default, samples, seqlen, seed, floor)

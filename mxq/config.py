@@ -1,0 +1,205 @@
+"""What a user asks for, checked once: one frozen dataclass for each group of options."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mxq.scheme import Scheme, parse_schemes
+
+SCOPES = ("auto", "experts", "all")
+ROTATIONS = ("auto", "on", "off")
+GRANULARITIES = ("block", "expert", "projection", "layer")
+OBJECTIVES = ("loss", "mxmoe")
+
+_SIZE = re.compile(r"\s*([0-9.]+)\s*(B|kB|MB|GB|TB|KiB|MiB|GiB|TiB)\s*")
+_UNITS = {
+    **{unit: 1000**power for power, unit in enumerate(("B", "kB", "MB", "GB", "TB"))},
+    **{unit: 1024**power for power, unit in enumerate(("", "KiB", "MiB", "GiB", "TiB")) if unit},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """Which model, and which of its weights.
+
+    ``scope`` "experts" is the feed-forward side of a mixture of experts, "all" every linear of
+    the decoder layers, "auto" the first where there are experts. ``keep`` are regular expressions
+    of parameter names that stay as they are.
+    """
+
+    model: str
+    revision: str | None = None
+    scope: str = "auto"
+    keep: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a scope that does not exist or a pattern that does not compile."""
+        check_choice("scope", self.scope, SCOPES)
+        for pattern in self.keep:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"--keep {pattern!r} is not a regular expression: {error}"
+                ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationOptions:
+    """Text to observe the model on. ``spec`` None is the embedded set for the demo model only."""
+
+    spec: str = "wikitext2"
+    samples: int = 128
+    seqlen: int = 512
+    seed: int = 0
+    expert_floor: int = 64
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for numbers out of range."""
+        check_at_least("samples", self.samples, 2)
+        check_at_least("seqlen", self.seqlen, 2)
+        check_at_least("expert floor", self.expert_floor, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureOptions:
+    """How blocks are quantized and what their error is said to cost.
+
+    ``schemes`` empty means the default candidates, fitted to the model's dimensions.
+    """
+
+    schemes: tuple[Scheme, ...] = ()
+    sensitivity: str = "fisher"
+    quantizer: str = "gptq"
+    rotation: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a rotation that does not exist."""
+        check_choice("rotation", self.rotation, ROTATIONS)
+
+
+@dataclass(frozen=True, slots=True)
+class AllocateOptions:
+    """The budget and the rules of the plan. Exactly one of bits, size and plan is given.
+
+    ``bits`` counts every stored bit of the quantized blocks per weight; ``size_bytes`` is the
+    whole checkpoint; ``plan`` forces ``uniform:SCHEME``.
+    """
+
+    bits: float | None = None
+    size_bytes: int | None = None
+    plan: str | None = None
+    granularity: str = "block"
+    tie_gate_up: bool = False
+    floor_bits: float | None = None
+    objective: str = "loss"
+    r: float = 0.75
+    solver: str = "pulp"
+    device: str | None = None
+    tokens: int | None = None
+    max_latency_us: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for choices that do not exist, contradict or are out of range."""
+        check_choice("granularity", self.granularity, GRANULARITIES)
+        check_choice("objective", self.objective, OBJECTIVES)
+        given = [name for name, v in self._budgets().items() if v is not None]
+        if len(given) > 1 and "plan" not in given or len(given) == 0:
+            found = " and ".join(f"--{name}" for name in given) or "none of them"
+            raise ValueError(f"give one of --bits, --size or --plan; found {found}")
+        if self.bits is not None and not 0 < self.bits <= 16:
+            raise ValueError(f"--bits {self.bits:g} is not between 0 and 16 bits per weight")
+        if not 0 <= self.r <= 1:
+            raise ValueError(f"--r {self.r:g} is not between 0 and 1")
+        if self.max_latency_us is not None and (self.device is None or self.tokens is None):
+            raise ValueError("--max-latency needs --device and --tokens: a latency is of both")
+        if (
+            self.objective == "mxmoe"
+            and self.r < 1
+            and (self.device is None or self.tokens is None)
+        ):
+            raise ValueError("--objective mxmoe with r < 1 needs --device and --tokens for T")
+        self.forced_scheme()
+
+    def forced_scheme(self) -> Scheme | None:
+        """The scheme of a forced uniform plan, None where the plan is solved for."""
+        if self.plan is None:
+            return None
+        kind, _, scheme = self.plan.partition(":")
+        if kind != "uniform" or not scheme:
+            raise ValueError(f"--plan {self.plan!r} is not of the form uniform:SCHEME")
+        return Scheme.parse(scheme)
+
+    def _budgets(self) -> Mapping[str, object]:
+        return {"bits": self.bits, "size": self.size_bytes, "plan": self.plan}
+
+
+@dataclass(frozen=True, slots=True)
+class OutputOptions:
+    """Where the result goes. ``work`` None is ``work`` inside the output folder.
+
+    ``guard`` also packs the uniform plan of the same size and writes the better of the two.
+    """
+
+    output: Path
+    work: Path | None = None
+    overwrite: bool = False
+    guard: bool = True
+
+    @property
+    def work_folder(self) -> Path:
+        """The folder of the stages' artifacts."""
+        return self.output / "work" if self.work is None else self.work
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeOptions:
+    """Everything that ``mxq quantize`` takes."""
+
+    model: ModelOptions
+    allocate: AllocateOptions
+    output: OutputOptions
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    measure: MeasureOptions = field(default_factory=MeasureOptions)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size like ``5.2GiB``.
+
+    Raises:
+        ValueError: If it is not a number with a unit.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ValueError(f"size {text!r} is not a number with a unit, e.g. 5.2GiB or 900MB")
+    try:
+        return math.floor(float(match[1]) * _UNITS[match[2]])
+    except ValueError as error:
+        raise ValueError(f"size {text!r} does not start with a number") from error
+
+
+def default_schemes(widths: set[int]) -> tuple[Scheme, ...]:
+    """Weight-only candidates from 2 to 8 bits for blocks with those numbers of input features.
+
+    The group is 128, with 64 beside it at 2 and 3 bits, or the largest that divides every width.
+    """
+    group = next((g for g in (128, 64, 32) if all(k % g == 0 for k in widths)), None)
+    size = "row" if group is None else str(group)
+    names = [f"w{bits}a16_g{size}_asym" for bits in (2, 3, 4, 5, 6, 8)]
+    if group == 128:
+        names += [f"w{bits}a16_g64_asym" for bits in (2, 3)]
+    return parse_schemes(names)
+
+
+def check_choice(name: str, value: str, menu: tuple[str, ...]) -> None:
+    """Raise ValueError unless the value is on the menu."""
+    if value not in menu:
+        raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(menu)}")
+
+
+def check_at_least(name: str, value: int, least: int) -> None:
+    """Raise ValueError if the value is too small."""
+    if value < least:
+        raise ValueError(f"{name} is {value}; it must be at least {least}")

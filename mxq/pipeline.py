@@ -1,0 +1,404 @@
+"""The five stages in order: profile, measure, price, allocate, pack; then measure what was packed.
+
+``run_quantize`` is the whole of it; the functions below it are its stages and can be called alone.
+"""
+
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from mxq.demo import model_path
+from mxq.artifacts import Allocation, BlockInfo, SensitivityTable
+from mxq.checkpoint.pack import PackReport, pack
+from mxq.config import (
+    AllocateOptions,
+    CalibrationOptions,
+    MeasureOptions,
+    ModelOptions,
+    OutputOptions,
+    QuantizeOptions,
+    default_schemes,
+)
+from mxq.models.adapter import ModelAdapter
+from mxq.models.source import open_source
+from mxq.models.sweep import make_batches
+from mxq.profiling.activation import (
+    ActivationStats,
+    choose_top_up,
+    profile_routing,
+    under_floor,
+)
+from mxq.profiling.draw import draw_calibration
+from mxq.profiling.loss import MeasuredLoss, measure_loss
+from mxq.profiling.measure import MeasureSettings, measure
+from mxq.profiling.sensitivity import SENSITIVITY, Sensitivity
+from mxq.quantizers import QUANTIZERS, Quantizer
+from mxq.search.allocate import allocate, best_uniform, uniform
+from mxq.search.cost import CostModel, load_device
+from mxq.publish import check_output, publish
+from mxq.workspace import (
+    CalibrationTokens,
+    RunSettings,
+    Workspace,
+    make_provenance,
+    make_tokens,
+)
+
+Report = Callable[[str, str, int, int], None]
+"""``(stage, step, done, total)``: progress of a run."""
+
+Entry = TypeVar("Entry")
+
+CalibrationData = object
+"""A spelling, texts, token ids, or anything else that ``load_calibration`` takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What is chosen by name, resolved: a user's own callables stand in here."""
+
+    quantizer: Quantizer
+    sensitivity: Sensitivity
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeResult:
+    """What a run wrote, and what it found.
+
+    ``losses`` are measured on held-out text, by plan name; ``written`` names the plan whose
+    checkpoint is in ``folder``, ``uniform`` the uniform plan of the same size (None if none fits
+    or a plan was forced).
+    """
+
+    folder: Path
+    written: str
+    plans: Mapping[str, Allocation]
+    packs: Mapping[str, PackReport]
+    losses: Mapping[str, MeasuredLoss]
+    profile: ActivationStats
+    blocks: tuple[BlockInfo, ...]
+    kept: Mapping[str, int]
+    unit: str
+
+
+def run_quantize(
+    options: QuantizeOptions,
+    *,
+    data: CalibrationData | None = None,
+    choices: Choices | None = None,
+    report: Report | None = None,
+) -> QuantizeResult:
+    """Quantize a model and write a checkpoint that ``from_pretrained`` loads.
+
+    ``data`` replaces the calibration named in the options.
+
+    Raises:
+        ValueError: For anything that the user can mend; nothing is left half-written.
+    """
+    check_output(options.output)
+    adapter = open_adapter(options.model)
+    forced = options.allocate.forced_scheme()
+    measured = options.measure if forced is None else replace(options.measure, schemes=(forced,))
+    work = Workspace(options.output.work_folder)
+    tokens, profile = run_profile(
+        work, adapter, options.model, options.calibration, measured, data=data, report=report
+    )
+    table = run_measure(work, adapter, tokens, measured, choices=choices, report=report)
+    plans = plan(table, options.allocate, adapter)
+    work.save("allocation", plans["plan"])
+    if not options.output.guard:
+        plans = {"plan": plans["plan"]}
+    return _pack_and_choose(
+        _Finish(work, adapter, tokens, profile, table, measured, options.output, choices),
+        plans,
+        report,
+    )
+
+
+def plan_again(work: Workspace, options: AllocateOptions) -> dict[str, Allocation]:
+    """Solve the plan anew from a work folder; only ``--size`` opens the model's headers.
+
+    Raises:
+        ValueError: If the folder holds no measurement, or no plan fits.
+    """
+    table = work.sensitivity()
+    adapter = None if options.size_bytes is None else open_adapter(work.settings().model)
+    plans = plan(table, options, adapter)
+    work.save("allocation", plans["plan"])
+    return plans
+
+
+def pack_again(
+    work: Workspace,
+    output: OutputOptions,
+    *,
+    choices: Choices | None = None,
+    report: Report | None = None,
+) -> QuantizeResult:
+    """Pack the plan that a work folder holds, from its own calibration tokens.
+
+    Raises:
+        ValueError: If a stage before is missing, or the model has changed since.
+    """
+    check_output(output)
+    settings, table, allocation = work.settings(), work.sensitivity(), work.allocation()
+    adapter = open_adapter(settings.model)
+    if adapter.source.digest() != settings.model_digest:
+        raise ValueError(
+            f"{settings.model.model} is not the model that {work.folder} was measured on; "
+            "run mxq measure again"
+        )
+    tokens, profile = work.tokens(), work.profile()
+    finish = _Finish(work, adapter, tokens, profile, table, settings.measure, output, choices)
+    return _pack_and_choose(finish, {"plan": allocation}, report)
+
+
+@dataclass(frozen=True, slots=True)
+class _Finish:
+    """Everything that the last stage needs beside the plans."""
+
+    work: Workspace
+    adapter: ModelAdapter
+    tokens: CalibrationTokens
+    profile: ActivationStats
+    table: SensitivityTable
+    measured: MeasureOptions
+    output: OutputOptions
+    choices: Choices | None
+
+
+def _pack_and_choose(
+    finish: _Finish, plans: Mapping[str, Allocation], report: Report | None
+) -> QuantizeResult:
+    """Pack every plan, measure each on held-out text, and publish the best."""
+    packs = {name: _pack(finish, plan, name, report) for name, plan in plans.items()}
+    folders = {name: packed.folder for name, packed in packs.items()}
+    heldout = finish.tokens.batches().heldout
+    losses = measure_loss(finish.adapter, heldout, folders, _stage(report, "measure loss"))
+    written = min(losses, key=lambda name: losses[name].kl)
+    publish(finish.output, folders, written, plans, losses)
+    return QuantizeResult(
+        folder=finish.output.output,
+        written=written,
+        plans=plans,
+        packs=packs,
+        losses=losses,
+        profile=finish.profile,
+        blocks=finish.table.blocks,
+        kept=dict(Counter(finish.adapter.coverage.kept.values())),
+        unit=finish.table.unit,
+    )
+
+
+def open_adapter(options: ModelOptions) -> ModelAdapter:
+    """The model's blocks, without reading any decoder layer."""
+    transformers_logging.disable_progress_bar()
+    source = open_source(model_location(options.model), revision=options.revision)
+    return ModelAdapter(source, scope=options.scope, keep=options.keep)
+
+
+def model_location(model: str) -> str | Path:
+    """The embedded model for the word ``demo``, else what was given."""
+    return model_path() if model == "demo" else model
+
+
+def run_profile(
+    work: Workspace,
+    adapter: ModelAdapter,
+    model: ModelOptions,
+    calibration: CalibrationOptions,
+    measured: MeasureOptions,
+    *,
+    data: CalibrationData | None = None,
+    report: Report | None = None,
+) -> tuple[CalibrationTokens, ActivationStats]:
+    """Stage 1: calibration tokens, topped up for cold experts, and the activation statistics."""
+    report_step = _stage(report, "profile")
+    base, spare, heldout = draw_calibration(adapter, calibration, data)
+    seen = torch.cat([base.input_ids, spare]) if len(spare) else base.input_ids
+    digest = adapter.source.digest()
+    drawn = make_tokens(seen, heldout.input_ids)
+    provenance = make_provenance(digest, drawn.digest, {"floor": calibration.expert_floor})
+    domains = (*base.domains, *(["spare"] * len(spare)))
+    sites, routing = profile_routing(adapter, make_batches(seen, None), domains, report_step)
+    samples = range(len(base.input_ids))
+    extra = range(len(base.input_ids), len(seen))
+    added = choose_top_up(routing, samples, extra, calibration.expert_floor)
+    before = under_floor(routing, samples, calibration.expert_floor)
+    cold = under_floor(routing, (*samples, *added), calibration.expert_floor)
+    profile = ActivationStats(
+        domains=tuple(sorted(set(domains))),
+        total_tokens=seen.numel(),
+        sites=sites,
+        floor=calibration.expert_floor,
+        topped_up=tuple(name for name in before if name not in cold),
+        cold=cold,
+        added_samples=len(added),
+        provenance=provenance,
+    )
+    tokens = make_tokens(seen[[*samples, *added]], heldout.input_ids)
+    work.save_tokens(tokens)
+    work.save("profile", profile)
+    work.save("settings", RunSettings(model, calibration, measured, digest))
+    return tokens, profile
+
+
+def run_measure(
+    work: Workspace,
+    adapter: ModelAdapter,
+    tokens: CalibrationTokens,
+    options: MeasureOptions,
+    *,
+    choices: Choices | None = None,
+    report: Report | None = None,
+) -> SensitivityTable:
+    """Stage 2: the loss of every block under every scheme."""
+    settings = measure_settings(adapter, options, choices)
+    recorded = {
+        "schemes": [str(scheme) for scheme in settings.schemes],
+        "sensitivity": settings.metric_name,
+        "quantizer": settings.quantizer_name,
+        "rotation": settings.rotation,
+        "scope": adapter.scope,
+    }
+    settings_digest = make_provenance(adapter.source.digest(), tokens.digest, recorded)
+    if choices is None:
+        cached = work.cached("sensitivity", SensitivityTable, settings_digest)
+        if cached is not None:
+            return cached
+    table = measure(
+        adapter,
+        tokens.batches(),
+        settings,
+        settings_digest,
+        generator=torch.Generator().manual_seed(0),
+        progress=_stage(report, "measure"),
+    )
+    work.save("sensitivity", table)
+    return table
+
+
+def measure_settings(
+    adapter: ModelAdapter, options: MeasureOptions, choices: Choices | None
+) -> MeasureSettings:
+    """Options with their names resolved.
+
+    Raises:
+        ValueError: If a name is not on its menu.
+    """
+    widths = {block.in_features for block in adapter.blocks()}
+    own = choices or Choices(
+        pick(QUANTIZERS, "quantizer", options.quantizer),
+        pick(SENSITIVITY, "sensitivity", options.sensitivity),
+    )
+    return MeasureSettings(
+        schemes=options.schemes or default_schemes(widths),
+        sensitivity=own.sensitivity,
+        metric_name=options.sensitivity if choices is None else "own",
+        quantizer=own.quantizer,
+        quantizer_name=options.quantizer if choices is None else "own",
+        rotation=options.rotation,
+    )
+
+
+def plan(
+    table: SensitivityTable, options: AllocateOptions, adapter: ModelAdapter | None = None
+) -> dict[str, Allocation]:
+    """Stages 3 and 4: prices and the plan, with the uniform plan of the same size beside it.
+
+    ``adapter`` is needed for a budget of the whole checkpoint only.
+    """
+    forced = options.forced_scheme()
+    if forced is not None:
+        return {"plan": uniform(table, forced)}
+    limit = None
+    if options.size_bytes is not None:
+        assert adapter is not None
+        limit = block_budget(adapter, options.size_bytes)
+    cost = None if options.device is None else CostModel(load_device(options.device))
+    chosen = allocate(
+        table,
+        bits=options.bits,
+        storage_bits=limit,
+        granularity=options.granularity,
+        tie_gate_up=options.tie_gate_up,
+        floor_bits=options.floor_bits,
+        cost_model=cost,
+        tokens=options.tokens,
+        max_latency_us=options.max_latency_us,
+        solver=options.solver,
+        objective=options.objective,
+        r=options.r,
+    )
+    asked = limit if limit is not None else int((options.bits or 0) * chosen.weights)
+    beside = best_uniform(table, storage_bits=asked)
+    return {"plan": chosen} if beside is None else {"plan": chosen, "uniform": beside}
+
+
+def block_budget(adapter: ModelAdapter, size_bytes: int) -> int:
+    """Bits left for the quantized blocks of a checkpoint of that size.
+
+    Raises:
+        ValueError: If what stays in its type is larger already.
+    """
+    kept = kept_bytes(adapter)
+    if size_bytes <= kept:
+        raise ValueError(
+            f"--size is {size_bytes:,} bytes, but what stays in its type takes {kept:,}; raise the "
+            "size, or quantize more with --scope all"
+        )
+    return 8 * (size_bytes - kept)
+
+
+def kept_bytes(adapter: ModelAdapter) -> int:
+    """Bytes of a checkpoint beside the blocks: kept tensors, shapes and file headers."""
+    source = adapter.source
+    parameters = dict(source.model.named_parameters())
+    kept = sum(
+        parameters[name].numel() * source.stored_dtype(name).itemsize
+        for name in adapter.coverage.kept
+        if source.is_stored(name)
+    )
+    # Each block has up to four named tensors in a header (some 120 bytes each) and a stored shape.
+    return kept + len(adapter.blocks()) * (4 * 120 + 16)
+
+
+def _pack(finish: _Finish, allocation: Allocation, name: str, report: Report | None) -> PackReport:
+    """Stage 5: quantize on the chosen mix and write the checkpoint into the work folder."""
+    folder = finish.work.folder / f"packed-{name}"
+    shutil.rmtree(folder, ignore_errors=True)
+    settings = measure_settings(finish.adapter, finish.measured, finish.choices)
+    return pack(
+        finish.adapter,
+        finish.tokens.batches(),
+        allocation,
+        folder,
+        quantizer=settings.quantizer,
+        quantizer_name=settings.quantizer_name,
+        progress=_stage(report, f"pack {name}"),
+    )
+
+
+def pick(menu: Mapping[str, Entry], what: str, name: str) -> Entry:
+    """The entry of that name.
+
+    Raises:
+        ValueError: With the menu, if there is none.
+    """
+    if name not in menu:
+        raise ValueError(f"{what} {name!r} is unknown; choose one of {', '.join(sorted(menu))}")
+    return menu[name]
+
+
+def _stage(report: Report | None, stage: str) -> Callable[[str, int, int], None]:
+    def tell(step: str, done: int, total: int) -> None:
+        if report is not None:
+            report(stage, step, done, total)
+
+    return tell

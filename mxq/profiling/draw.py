@@ -1,0 +1,82 @@
+"""Draw the samples of a run: to fit to, in reserve for cold experts, and held out."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from mxq.config import CalibrationOptions
+from mxq.models.adapter import ModelAdapter
+from mxq.profiling.calibration import CalibrationSet, load_calibration
+
+
+def draw_calibration(
+    adapter: ModelAdapter, options: CalibrationOptions, data: object | None = None
+) -> tuple[CalibrationSet, torch.Tensor, CalibrationSet]:
+    """Samples to fit to, spare samples for cold experts, and samples held out.
+
+    One held-out sample and two spare ones come with every eight, the spare ones only where the
+    text is long enough. Rows given as they are (a matrix of ids) are split, a ninth held out.
+    """
+    held = max(1, options.samples // 8)
+    spare = options.samples // 4 if adapter.is_moe else 0
+    try:
+        found = _load(adapter, options, data, options.samples + held + spare)
+    except ValueError:
+        if spare == 0:
+            raise
+        spare = 0
+        found = _load(adapter, options, data, options.samples + held)
+    if len(found.domains) != options.samples + held + spare:
+        held, spare = max(1, len(found.domains) // 9), 0
+    rest, heldout = found.split(held)
+    if spare == 0:
+        return rest, rest.input_ids[:0], heldout
+    base, extra = rest.split(spare)
+    return base, extra.input_ids, heldout
+
+
+def _load(
+    adapter: ModelAdapter, options: CalibrationOptions, data: object | None, samples: int
+) -> CalibrationSet:
+    return load_calibration(
+        options.spec if data is None else data,  # type: ignore[arg-type]
+        _tokenizer(adapter.source.folder),
+        samples=samples,
+        seqlen=options.seqlen,
+        seed=options.seed,
+        vocab_size=adapter.source.model.get_input_embeddings().num_embeddings,
+        model=_sampler(adapter.source.folder),
+    )
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError):
+        return None
+    return tokenizer
+
+
+def _sampler(folder: Path) -> Callable[[int, int, torch.Generator], torch.Tensor]:
+    """Text written by the model itself; this loads the whole model, unlike every other stage."""
+
+    loaded: list[torch.nn.Module] = []
+
+    def sample(batch: int, seqlen: int, generator: torch.Generator) -> torch.Tensor:
+        if not loaded:
+            loaded.append(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+        model = loaded[0]
+        start = model.config.bos_token_id
+        ids = torch.full((batch, 1), 0 if start is None else start)
+        cache = None
+        for _ in range(seqlen - 1):
+            with torch.no_grad():
+                out = model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            chances = out.logits[:, -1].float().softmax(-1)
+            ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)], 1)
+        return ids
+
+    return sample

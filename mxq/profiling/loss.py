@@ -1,0 +1,100 @@
+"""Measured loss: held-out text through the original and through finished checkpoints.
+
+The original is streamed, the checkpoints are loaded as a user loads them, so what is measured is
+what was written.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from mxq.models.adapter import ModelAdapter
+from mxq.models.lockstep import LayerCall, run_in_lockstep
+from mxq.models.sweep import OnProgress
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredLoss:
+    """Means over held-out positions: nats per token of each model, and between the two.
+
+    ``kl`` is KL(original || checkpoint), ``top1_agreement`` the share of positions where both
+    predict the same token.
+    """
+
+    tokens: int
+    original_nll: float
+    nll: float
+    kl: float
+    top1_agreement: float
+
+    @property
+    def perplexity(self) -> float:
+        """Of the checkpoint."""
+        return math.exp(self.nll)
+
+    @property
+    def original_perplexity(self) -> float:
+        """Of the original."""
+        return math.exp(self.original_nll)
+
+
+def measure_loss(
+    adapter: ModelAdapter,
+    heldout: Sequence[Tensor],
+    folders: Mapping[str, Path],
+    progress: OnProgress | None = None,
+) -> dict[str, MeasuredLoss]:
+    """The loss of each checkpoint on held-out batches [batch, sequence]."""
+    source = adapter.source
+    models = {name: _load(path, source.dtype) for name, path in folders.items()}
+    sums = {name: torch.zeros(4, dtype=torch.float64) for name in folders}
+    counted = 0
+
+    def on_layer(layer: int, calls: list[LayerCall]) -> list[object]:
+        source.load_layer(layer)
+        with torch.no_grad():
+            outputs = [call.run() for call in calls]
+        source.free_layer(layer)
+        if progress is not None:
+            progress("original", layer + 1, len(source.layers))
+        return outputs
+
+    def on_result(batch: int, result: object) -> None:
+        nonlocal counted
+        original = result.logits.detach()  # type: ignore[attr-defined]
+        counted += heldout[batch][:, 1:].numel()
+        for name, model in models.items():
+            with torch.no_grad():
+                logits = model(input_ids=heldout[batch], use_cache=False).logits
+            sums[name] += _compare(original, logits, heldout[batch])
+        if progress is not None:
+            progress("checkpoints", batch + 1, len(heldout))
+
+    run_in_lockstep(source.model, source.layers, heldout, on_layer, on_result)
+    return {
+        name: MeasuredLoss(counted, *(total / counted).tolist()) for name, total in sums.items()
+    }
+
+
+def _load(folder: Path, dtype: torch.dtype) -> nn.Module:
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model.eval()
+
+
+def _compare(original_BSV: Tensor, logits_BSV: Tensor, ids_BS: Tensor) -> Tensor:
+    """Sums over positions that predict a token: nll of both, KL, agreement; float64 [4]."""
+    sums = torch.zeros(4, dtype=torch.float64)
+    for original, logits, ids in zip(original_BSV, logits_BSV, ids_BS, strict=True):
+        p = original[:-1].float().log_softmax(-1)
+        q = logits[:-1].float().log_softmax(-1)
+        labels = ids[1:, None]
+        kl = (p.exp() * (p - q)).sum(-1)
+        same = p.argmax(-1) == q.argmax(-1)
+        parts = (-p.gather(1, labels), -q.gather(1, labels), kl, same)
+        sums += torch.stack([part.double().sum() for part in parts])
+    return sums

@@ -1,0 +1,250 @@
+"""What a user reads after a command: plans, losses and profiles as tables."""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from mxq.artifacts import Allocation, BlockInfo, SensitivityTable
+from mxq.pipeline import QuantizeResult
+from mxq.profiling.activation import ActivationStats
+from mxq.profiling.loss import MeasuredLoss
+from mxq.scheme import Scheme
+from mxq.storage import load_artifact
+from mxq.workspace import Workspace
+
+NARROWEST = 100
+"""Columns to assume where the output is not a terminal."""
+
+
+def show_result(result: QuantizeResult) -> None:
+    """The plan, what it lost, the uniform plan beside it, and what was written."""
+    console = _console()
+    chosen = result.plans[result.written]
+    show_allocation(chosen, result.blocks)
+    console.print(comparison(result))
+    if result.profile is not None:
+        for line in coverage_lines(result):
+            console.print(line)
+    if result.written == "uniform":
+        console.print(
+            "[yellow]The uniform plan measured better on held-out text and is what was written."
+        )
+    console.print(f"Written to [bold]{result.folder}[/]")
+
+
+def show_plans(plans: Mapping[str, Allocation], table: SensitivityTable) -> None:
+    """A plan that was solved, and the uniform plan of the same size."""
+    show_allocation(plans["plan"], table.blocks)
+    summary = Table(title="Predicted")
+    for column in ("plan", "bits asked", "bits reached", "loss", "bound", "latency"):
+        summary.add_column(column, justify="left" if column == "plan" else "right")
+    for name, plan in plans.items():
+        summary.add_row(
+            _plan_name(name, plan),
+            f"{plan.asked_bits:.4f}",
+            f"{plan.bits_per_weight:.4f}",
+            f"{plan.predicted_loss:.6g}",
+            f"{plan.bound:.6g}" if plan.proven else f"{plan.bound:.6g} (not proven)",
+            _latency(plan),
+        )
+    _console().print(summary)
+
+
+def show_allocation(plan: Allocation, blocks: Sequence[BlockInfo]) -> None:
+    """Bits by layer and projection, and how many blocks have each scheme."""
+    console = _console()
+    console.print(bits_table(plan, blocks))
+    console.print(scheme_table(plan, blocks))
+
+
+def bits_table(plan: Allocation, blocks: Sequence[BlockInfo]) -> Table:
+    """Mean stored bits per weight by layer and projection."""
+    sums: dict[tuple[int, str], list[int]] = defaultdict(lambda: [0, 0])
+    projections: list[str] = []
+    for block in blocks:
+        label = block.projection if block.expert is not None else block.site.split(".", 2)[2]
+        if label not in projections:
+            projections.append(label)
+        for key in ((block.layer, label), (block.layer, "all")):
+            size = block.out_features * block.in_features
+            bits = plan.schemes[block.name].storage_bits(block.out_features, block.in_features)
+            sums[key][0] += bits
+            sums[key][1] += size
+    table = Table(title="Bits per weight by layer and projection")
+    table.add_column("layer", justify="right")
+    for label in (*projections, "all"):
+        table.add_column(label, justify="right")
+    for layer in sorted({block.layer for block in blocks}):
+        cells = [_mean(sums.get((layer, label))) for label in (*projections, "all")]
+        table.add_row(f"{layer}{' (rotated)' if layer in plan.rotated_layers else ''}", *cells)
+    return table
+
+
+def scheme_table(plan: Allocation, blocks: Sequence[BlockInfo]) -> Table:
+    """Blocks of experts and plain linears in each scheme."""
+    experts: Counter[Scheme] = Counter()
+    linears: Counter[Scheme] = Counter()
+    for block in blocks:
+        (linears if block.expert is None else experts)[plan.schemes[block.name]] += 1
+    table = Table(title="Blocks in each scheme")
+    for column in ("scheme", "of experts", "plain linears"):
+        table.add_column(column, justify="left" if column == "scheme" else "right")
+    for scheme in sorted({*experts, *linears}):
+        table.add_row(str(scheme), str(experts[scheme]), str(linears[scheme]))
+    return table
+
+
+def comparison(result: QuantizeResult) -> Table:
+    """Each packed plan: bits, bytes, predicted and measured loss."""
+    table = Table(title=f"Held-out text, {_first(result.losses).tokens:,} tokens")
+    for column in ("", "bits asked", "bits", "MB", "predicted", "KL", "perplexity", "top-1 same"):
+        table.add_column(column, justify="left" if column == "" else "right")
+    original = _first(result.losses)
+    table.add_row("original", "", "", "", "", "", f"{original.original_perplexity:.4f}", "")
+    for name, plan in result.plans.items():
+        loss = result.losses[name]
+        table.add_row(
+            _plan_name(name, plan) + (" *" if name == result.written else ""),
+            f"{plan.asked_bits:.3f}",
+            f"{plan.bits_per_weight:.3f}",
+            f"{result.packs[name].tensor_bytes / 1e6:,.2f}",
+            f"{plan.predicted_loss:.5g}",
+            f"{loss.kl:.5f}",
+            f"{loss.perplexity:.4f}",
+            f"{loss.top1_agreement:.2%}",
+        )
+    table.caption = (
+        f"* written. MB: all tensors. Predicted in {result.unit}; "
+        "KL to the original in nats per token."
+    )
+    return table
+
+
+def coverage_lines(result: QuantizeResult) -> list[str]:
+    """What was quantized, what was kept and which experts were cold."""
+    lines = [f"Quantized {len(result.blocks)} linear blocks; kept in their type:"]
+    lines += [f"  {count} parameters: {why}" for why, count in sorted(result.kept.items())]
+    cold = result.profile.cold if result.profile is not None else ()
+    if cold:
+        lines.append(
+            f"[yellow]{len(cold)} experts got fewer than {result.profile.floor} calibration "
+            f"tokens (e.g. {cold[0]}); they lean on their layer's mean inputs. More or more varied "
+            "calibration text helps."
+        )
+    unrouted = result.packs[result.written].unrouted
+    if unrouted:
+        lines.append(
+            f"[yellow]{len(unrouted)} experts got no token at all (e.g. {unrouted[0]}): gate and "
+            "up were fitted to the layer's mean inputs, down was rounded to nearest."
+        )
+    return lines
+
+
+def show_profile(stats: ActivationStats) -> None:
+    """Tokens of experts by layer, and where they come from."""
+    table = Table(title=f"Routed tokens of {stats.total_tokens:,} calibration tokens")
+    for column in ("experts", "least", "median", "most", "unused", "pair entropy", "of"):
+        table.add_column(column, justify="left" if column == "experts" else "right")
+    for site in stats.sites:
+        tokens = sorted(sum(row) for row in site.tokens)
+        table.add_row(
+            site.site,
+            f"{tokens[0]:,}",
+            f"{tokens[len(tokens) // 2]:,}",
+            f"{tokens[-1]:,}",
+            str(tokens.count(0)),
+            f"{site.coactivation_entropy:.3f}",
+            f"{site.coactivation_entropy_max:.3f}",
+        )
+    console = _console()
+    console.print(table)
+    console.print(f"Domains: {', '.join(stats.domains)}")
+    console.print(
+        f"{len(stats.topped_up)} experts topped up with {stats.added_samples} spare samples, "
+        f"{len(stats.cold)} still under {stats.floor} tokens"
+    )
+
+
+def show_sensitivity(table: SensitivityTable) -> None:
+    """Loss of the whole model under each uniform scheme."""
+    shown = Table(title=f"Predicted loss of uniform plans ({table.metric}, {table.unit})")
+    for column in ("scheme", "bits per weight", "loss"):
+        shown.add_column(column, justify="left" if column == "scheme" else "right")
+    weights = sum(b.out_features * b.in_features for b in table.blocks)
+    for place, scheme in enumerate(table.schemes):
+        bits = sum(scheme.storage_bits(b.out_features, b.in_features) for b in table.blocks)
+        loss = sum(row[place] for row in table.loss)
+        shown.add_row(str(scheme), f"{bits / weights:.4f}", f"{loss:.6g}")
+    _console().print(shown)
+
+
+def show_folder(folder: Path) -> None:
+    """The plan of a checkpoint, or the artifacts of a work folder.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    plan = folder / "mxq_plan.json"
+    if plan.is_file():
+        _show_checkpoint(load_artifact(plan, Allocation), folder)
+        return
+    space = Workspace(folder)
+    if not space.path("settings").is_file():
+        raise ValueError(f"{folder} is neither an mxq checkpoint nor a work folder of mxq")
+    settings = space.settings()
+    _console().print(f"Work folder for {settings.model.model}, {settings.calibration.spec}")
+    if space.path("profile").is_file():
+        show_profile(space.profile())
+    if space.path("sensitivity").is_file():
+        show_sensitivity(space.sensitivity())
+        if space.path("allocation").is_file():
+            show_allocation(space.allocation(), space.sensitivity().blocks)
+
+
+def show_error(message: str) -> None:
+    """One clear message on the error stream."""
+    Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {_escape(message)}")
+
+
+def _show_checkpoint(plan: Allocation, folder: Path) -> None:
+    console = _console()
+    counts = Counter(str(scheme) for scheme in plan.schemes.values())
+    console.print(f"{folder}: {plan.description}")
+    console.print(
+        f"{plan.bits_per_weight:.4f} bits per weight of {plan.weights:,} weights "
+        f"({plan.asked_bits:.4f} asked), predicted loss {plan.predicted_loss:.6g} {plan.unit}"
+    )
+    for scheme, count in sorted(counts.items()):
+        console.print(f"  {count:6d} blocks {scheme}")
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, NARROWEST))
+
+
+def _plan_name(name: str, plan: Allocation) -> str:
+    if name == "plan":
+        return "plan"
+    return f"uniform {next(iter(plan.schemes.values()))}"
+
+
+def _latency(plan: Allocation) -> str:
+    if plan.predicted_latency_us is None:
+        return "-"
+    return f"{plan.predicted_latency_us:.1f} us ({plan.latency_source})"
+
+
+def _mean(total: list[int] | None) -> str:
+    return "" if total is None else f"{total[0] / total[1]:.2f}"
+
+
+def _first(losses: Mapping[str, MeasuredLoss]) -> MeasuredLoss:
+    return next(iter(losses.values()))
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
