@@ -1,6 +1,5 @@
 """What a user asks for, checked once: one frozen dataclass for each group of options."""
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ GRANULARITIES = ("block", "expert", "projection", "layer")
 OBJECTIVES = ("loss", "mxmoe")
 
 _SIZE = re.compile(r"\s*([0-9.]+)\s*(B|kB|MB|GB|TB|KiB|MiB|GiB|TiB)\s*")
-_UNITS = {
+_UNITS: Mapping[str, int] = {
     **{unit: 1000**power for power, unit in enumerate(("B", "kB", "MB", "GB", "TB"))},
     **{unit: 1024**power for power, unit in enumerate(("", "KiB", "MiB", "GiB", "TiB")) if unit},
 }
@@ -106,7 +105,7 @@ class AllocateOptions:
         check_choice("granularity", self.granularity, GRANULARITIES)
         check_choice("objective", self.objective, OBJECTIVES)
         given = [name for name, v in self._budgets().items() if v is not None]
-        if len(given) > 1 and "plan" not in given or len(given) == 0:
+        if len(given) != 1:
             found = " and ".join(f"--{name}" for name in given) or "none of them"
             raise ValueError(f"give one of --bits, --size or --plan; found {found}")
         if self.bits is not None and not 0 < self.bits <= 16:
@@ -175,7 +174,7 @@ def parse_size(text: str) -> int:
     if match is None:
         raise ValueError(f"size {text!r} is not a number with a unit, e.g. 5.2GiB or 900MB")
     try:
-        return math.floor(float(match[1]) * _UNITS[match[2]])
+        return int(float(match[1]) * _UNITS[match[2]])
     except ValueError as error:
         raise ValueError(f"size {text!r} does not start with a number") from error
 

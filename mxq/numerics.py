@@ -40,8 +40,8 @@ class QuantizedWeight:
     zero_NG: Tensor | None
     scheme: Scheme
 
-    def __getitem__(self, index: int) -> "QuantizedWeight":
-        """One weight of a batch."""
+    def __getitem__(self, index: int | slice) -> "QuantizedWeight":
+        """One weight of a batch, or some rows of a weight."""
         scale = None if self.scale_NG is None else self.scale_NG[index]
         zero = None if self.zero_NG is None else self.zero_NG[index]
         return QuantizedWeight(self.codes_NK[index], scale, zero, self.scheme)
@@ -149,8 +149,8 @@ def rotate(x_TK: Tensor) -> Tensor:
     block = rotation_block(in_features)
     matrix = _hadamard(block).to(device=x_TK.device, dtype=x_TK.dtype)
     signs_K = _signs(in_features).to(device=x_TK.device, dtype=x_TK.dtype)
-    x = (x_TK * signs_K).unflatten(-1, (in_features // block, block))
-    return (x @ matrix).flatten(-2)
+    x = _grouped(x_TK * signs_K, in_features // block)
+    return torch.flatten(x @ matrix, -2)
 
 
 def unrotate(x_TK: Tensor) -> Tensor:
@@ -158,8 +158,8 @@ def unrotate(x_TK: Tensor) -> Tensor:
     in_features = x_TK.shape[-1]
     block = rotation_block(in_features)
     matrix = _hadamard(block).to(device=x_TK.device, dtype=x_TK.dtype)
-    x = x_TK.unflatten(-1, (in_features // block, block)) @ matrix
-    return x.flatten(-2) * _signs(in_features).to(device=x_TK.device, dtype=x_TK.dtype)
+    x = torch.flatten(_grouped(x_TK, in_features // block) @ matrix, -2)
+    return x * _signs(in_features).to(device=x_TK.device, dtype=x_TK.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +220,7 @@ def _storable_scale(scale: Tensor) -> Tensor:
 
 
 def _grouped(w_NK: Tensor, groups: int) -> Tensor:
-    return w_NK.unflatten(-1, (groups, w_NK.shape[-1] // groups))
+    return w_NK.reshape(*w_NK.shape[:-1], groups, w_NK.shape[-1] // groups)
 
 
 def _grouped_importance(importance_K: Tensor | None, w_NGC: Tensor) -> Tensor:
@@ -245,7 +245,7 @@ def _hadamard(size: int) -> Tensor:
     matrix = torch.ones(1, 1)
     while matrix.shape[0] < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
-    return matrix / size**0.5
+    return matrix.mul_(size**-0.5)
 
 
 @lru_cache(maxsize=64)
@@ -255,4 +255,5 @@ def _signs(in_features: int) -> Tensor:
     index = torch.arange(1, in_features + 1, dtype=torch.int64)
     mixed = (index * 2654435761) & 0xFFFFFFFF
     mixed = ((mixed ^ (mixed >> 15)) * 2246822519) & 0xFFFFFFFF
-    return 1.0 - 2.0 * ((mixed >> 16) & 1).to(torch.float32)
+    signs: Tensor = 1.0 - 2.0 * ((mixed >> 16) & 1).to(torch.float32)
+    return signs

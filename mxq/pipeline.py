@@ -13,7 +13,6 @@ from typing import TypeVar
 import torch
 from transformers.utils import logging as transformers_logging
 
-from mxq.demo import model_path
 from mxq.artifacts import Allocation, BlockInfo, SensitivityTable
 from mxq.checkpoint.pack import PackReport, pack
 from mxq.config import (
@@ -25,6 +24,7 @@ from mxq.config import (
     QuantizeOptions,
     default_schemes,
 )
+from mxq.demo import model_path
 from mxq.models.adapter import ModelAdapter
 from mxq.models.source import open_source
 from mxq.models.sweep import make_batches
@@ -38,10 +38,10 @@ from mxq.profiling.draw import draw_calibration
 from mxq.profiling.loss import MeasuredLoss, measure_loss
 from mxq.profiling.measure import MeasureSettings, measure
 from mxq.profiling.sensitivity import SENSITIVITY, Sensitivity
-from mxq.quantizers import QUANTIZERS, Quantizer
+from mxq.publish import check_output, publish
+from mxq.quantizers import QUANTIZERS, Method, Quantizer
 from mxq.search.allocate import allocate, best_uniform, uniform
 from mxq.search.cost import CostModel, load_device
-from mxq.publish import check_output, publish
 from mxq.workspace import (
     CalibrationTokens,
     RunSettings,
@@ -198,7 +198,7 @@ def _pack_and_choose(
 
 def open_adapter(options: ModelOptions) -> ModelAdapter:
     """The model's blocks, without reading any decoder layer."""
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     source = open_source(model_location(options.model), revision=options.revision)
     return ModelAdapter(source, scope=options.scope, keep=options.keep)
 
@@ -208,7 +208,7 @@ def model_location(model: str) -> str | Path:
     return model_path() if model == "demo" else model
 
 
-def run_profile(
+def run_profile(  # noqa: PLR0913  (what is recorded in the work folder, and the callbacks)
     work: Workspace,
     adapter: ModelAdapter,
     model: ModelOptions,
@@ -263,7 +263,7 @@ def run_measure(
     recorded = {
         "schemes": [str(scheme) for scheme in settings.schemes],
         "sensitivity": settings.metric_name,
-        "quantizer": settings.quantizer_name,
+        "quantizer": settings.method.name,
         "rotation": settings.rotation,
         "scope": adapter.scope,
     }
@@ -301,8 +301,7 @@ def measure_settings(
         schemes=options.schemes or default_schemes(widths),
         sensitivity=own.sensitivity,
         metric_name=options.sensitivity if choices is None else "own",
-        quantizer=own.quantizer,
-        quantizer_name=options.quantizer if choices is None else "own",
+        method=Method(options.quantizer if choices is None else "own", own.quantizer),
         rotation=options.rotation,
     )
 
@@ -379,8 +378,7 @@ def _pack(finish: _Finish, allocation: Allocation, name: str, report: Report | N
         finish.tokens.batches(),
         allocation,
         folder,
-        quantizer=settings.quantizer,
-        quantizer_name=settings.quantizer_name,
+        method=settings.method,
         progress=_stage(report, f"pack {name}"),
     )
 

@@ -58,8 +58,10 @@ class Scheme:
         Raises:
             ValueError: If the text is not a scheme; the message shows the form.
         """
-        if text == "fp8" or text == "bf16":
-            return cls(*_FLOATS[text], kind=text)
+        if text == "fp8":
+            return cls(*_FLOATS[text], kind="fp8")
+        if text == "bf16":
+            return cls(*_FLOATS[text], kind="bf16")
         match = _SPELLING.fullmatch(text)
         if match is None:
             raise ValueError(

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from mxq.scheme import Scheme
 
@@ -101,7 +101,9 @@ def _decode(hint: Any, value: Any) -> Any:
         return hint(value)
     if is_dataclass(hint):
         hints = get_type_hints(hint)
-        return hint(**{f.name: _decode(hints[f.name], value[f.name]) for f in fields(hint)})
+        return cast(Any, hint)(
+            **{f.name: _decode(hints[f.name], value[f.name]) for f in fields(hint)}
+        )
     return _decode_generic(hint, value)
 
 

@@ -25,9 +25,8 @@ def show_result(result: QuantizeResult) -> None:
     chosen = result.plans[result.written]
     show_allocation(chosen, result.blocks)
     console.print(comparison(result))
-    if result.profile is not None:
-        for line in coverage_lines(result):
-            console.print(line)
+    for line in coverage_lines(result):
+        console.print(line)
     if result.written == "uniform":
         console.print(
             "[yellow]The uniform plan measured better on held-out text and is what was written."
@@ -127,7 +126,7 @@ def coverage_lines(result: QuantizeResult) -> list[str]:
     """What was quantized, what was kept and which experts were cold."""
     lines = [f"Quantized {len(result.blocks)} linear blocks; kept in their type:"]
     lines += [f"  {count} parameters: {why}" for why, count in sorted(result.kept.items())]
-    cold = result.profile.cold if result.profile is not None else ()
+    cold = result.profile.cold
     if cold:
         lines.append(
             f"[yellow]{len(cold)} experts got fewer than {result.profile.floor} calibration "

@@ -1,1 +1,1 @@
-"""Packed checkpoints: written layer by layer, loaded by ``AutoModelForCausalLM.from_pretrained``."""
+"""Packed checkpoints: written layer by layer, loaded by transformers' ``from_pretrained``."""

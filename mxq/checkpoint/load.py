@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mxq.checkpoint.format import QUANT_METHOD, CheckpointPlan
@@ -23,12 +23,12 @@ from mxq.models.experts import is_fused_experts
 
 
 @register_quantization_config(QUANT_METHOD)
-class MxqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped here
+class MxqConfig(QuantizationConfigMixin):
     """The ``quantization_config`` of an mxq checkpoint."""
 
     def __init__(self, **fields: Any) -> None:
         fields.pop("quant_method", None)
-        self.quant_method = QUANT_METHOD
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # not in their enumeration
         for name, value in fields.items():
             setattr(self, name, value)
 
@@ -38,7 +38,7 @@ class MxqConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers 
 
 
 @register_quantizer(QUANT_METHOD)
-class MxqQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is untyped here
+class MxqQuantizer(HfQuantizer):
     """Swaps in the packed modules and checks the files; transformers does the loading."""
 
     requires_calibration = True
@@ -56,7 +56,8 @@ class MxqQuantizer(HfQuantizer):  # type: ignore[misc]  # transformers is untype
         dtype: torch.dtype | None = None,
         **unused: Any,
     ) -> PreTrainedModel:
-        plan: CheckpointPlan = self.quantization_config.plan()
+        assert isinstance(self.quantization_config, MxqConfig)
+        plan = self.quantization_config.plan()
         paths = [Path(name) for name in checkpoint_files or ()]
         check_files(plan, paths)
         swap_modules(model, plan, dtype or torch.get_default_dtype())
@@ -94,7 +95,7 @@ def swap_modules(model: nn.Module, plan: CheckpointPlan, compute_dtype: torch.dt
         model.set_submodule(path, packed)
     for path, scheme in plan.linears.items():
         original = modules.get(path)
-        if not isinstance(original, nn.Linear):
+        if type(original) is not nn.Linear:
             raise ValueError(f"the checkpoint's plan names a linear {path!r}, absent in this model")
         with torch.device("meta"):
             linear = packed_linear(
@@ -131,7 +132,9 @@ def check_tensors(model: nn.Module, paths: list[Path]) -> None:
     for path in paths:
         try:
             with safe_open(path, "pt") as file:
-                found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+                found |= {
+                    name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())
+                }
         except SafetensorError as error:
             raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())

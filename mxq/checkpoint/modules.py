@@ -81,7 +81,7 @@ class MxqLinear(nn.Module):
             moved = fn(tensor)
             return tensor.to(moved.device) if id(tensor) in stored else moved
 
-        super()._apply(move_only, recurse)
+        super()._apply(move_only, recurse)  # type: ignore[no-untyped-call]  # torch leaves it so
         return self
 
     def extra_repr(self) -> str:
@@ -144,7 +144,7 @@ def _packed_expert(
             schemes[f"{projection}_proj"][expert],
             in_features,
             out_features,
-            bias_dtype=None if bias is None else bias.dtype,
+            bias_dtype=_dtype_of(bias),
             rotated=rotated,
             compute_dtype=compute_dtype,
         )
@@ -160,7 +160,11 @@ def packed_linear(
         scheme,
         original.in_features,
         original.out_features,
-        bias_dtype=None if original.bias is None else original.bias.dtype,
+        bias_dtype=_dtype_of(original.bias),
         rotated=rotated,
         compute_dtype=compute_dtype,
     )
+
+
+def _dtype_of(bias: Tensor | None) -> torch.dtype | None:
+    return None if bias is None else bias.dtype

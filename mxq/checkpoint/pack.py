@@ -30,6 +30,7 @@ from mxq.quantizers.choose import (
     quantize_batch,
     rotate_batch,
 )
+from mxq.quantizers.method import Method
 from mxq.quantizers.moments import second_moments
 from mxq.scheme import Scheme
 
@@ -50,8 +51,7 @@ class _Run:
 
     adapter: ModelAdapter
     allocation: Allocation
-    quantizer: object
-    quantizer_name: str
+    method: Method
     fit_tokens: int
     tally: Counter[str] = field(default_factory=Counter)
     unrouted: list[str] = field(default_factory=list)
@@ -66,8 +66,7 @@ def pack(
     allocation: Allocation,
     folder: Path,
     *,
-    quantizer: object,
-    quantizer_name: str,
+    method: Method,
     progress: OnProgress | None = None,
 ) -> PackReport:
     """Write the checkpoint of an allocation to ``folder``.
@@ -76,7 +75,7 @@ def pack(
         ValueError: If the allocation does not cover the model's blocks, or values are not finite.
     """
     _check_covers(adapter, allocation)
-    run = _Run(adapter, allocation, quantizer, quantizer_name, batches.fit_tokens)
+    run = _Run(adapter, allocation, method, batches.fit_tokens)
     writer = CheckpointWriter(folder)
     source = adapter.source
 
@@ -141,7 +140,7 @@ def _quantize_probes(
     for scheme, members in sorted(by_scheme.items()):
         batch = make_batch([_inputs_of(run.adapter, probe) for probe in members], prior_KK)
         batch = rotate_batch(batch) if run.rotated(layer) else batch
-        candidates = quantize_batch(batch, scheme, run.quantizer_name, run.quantizer)
+        candidates = quantize_batch(batch, scheme, run.method)
         for candidate in candidates:
             run.adapter.install(candidate.block, candidate.dense(), scheme, candidate.rotated)
         yield from candidates

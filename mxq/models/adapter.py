@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -28,9 +28,6 @@ from mxq.models.experts import (
 from mxq.models.source import EXPERTS_FUNCTION, ModelSource
 from mxq.numerics import fake_quantize_input, rotate, unrotate
 from mxq.scheme import Scheme
-
-Scope = Literal["auto", "experts", "all"]
-SCOPES: tuple[Scope, ...] = ("auto", "experts", "all")
 
 _ROUTER_PARTS = {"gate", "router", "shared_expert_gate"}
 """Roles in a module path that decide where a token goes; they stay in their type."""
@@ -74,13 +71,13 @@ class ModelAdapter:
     """
 
     def __init__(
-        self, source: ModelSource, *, scope: Scope = "auto", keep: Sequence[str] = ()
+        self, source: ModelSource, *, scope: str = "auto", keep: Sequence[str] = ()
     ) -> None:
         self.source = source
         self._keep = [re.compile(pattern) for pattern in keep]
         experts = [name for name, m in source.model.named_modules() if is_fused_experts(m)]
         self.is_moe = any(name.startswith(source.layers_name + ".") for name in experts)
-        self.scope: Scope = scope if scope != "auto" else ("experts" if self.is_moe else "all")
+        self.scope = scope if scope != "auto" else ("experts" if self.is_moe else "all")
         self._moe_children = {self._relative(name).split(".")[0] for name in experts}
         self.sites: dict[str, str] = {}
         self._blocks = tuple(self._find_blocks())
@@ -145,7 +142,7 @@ class ModelAdapter:
         else:
             inputs = getattr(module, "mxq_inputs", {})
             inputs[place.expert, place.projection] = _input_rounding(scheme, rotated)
-            module.mxq_inputs = inputs
+            setattr(module, "mxq_inputs", inputs)  # noqa: B010  (not a declared field)
 
     def uninstall(self, layer: int) -> None:
         """Stop rounding inputs in a layer; its weights are to be freed or loaded anew."""
@@ -231,23 +228,23 @@ class ModelAdapter:
         if uncovered:
             listed = "\n  ".join(uncovered[:20])
             raise ValueError(
-                f"{len(uncovered)} parameters look like weights and no rule covers them:\n  {listed}"
+                f"{len(uncovered)} parameters look like weights and no rule covers them:\n"
+                f"  {listed}"
                 "\nKeep them in their type with --keep PATTERN (a regular expression of the name)"
             )
         return Coverage(tuple(sorted(quantized)), kept)
 
     def _reason_to_keep(self, name: str, parameter: Tensor, is_linear: bool) -> str | None:
-        if any(pattern.search(name) for pattern in self._keep):
-            return "kept on request"
-        if parameter.dim() < 2:
-            return "vector (norm, bias)"
-        if not name.startswith(self.source.layers_name + "."):
-            return "outside the decoder layers (embedding, head)"
-        if is_router(name.rpartition(".")[0]):
-            return "router"
-        if name.endswith("_bias"):
-            return "expert bias"
-        return f"outside the scope {self.scope!r}" if is_linear else None
+        inside = name.startswith(self.source.layers_name + ".")
+        reasons = {
+            "kept on request": any(pattern.search(name) for pattern in self._keep),
+            "vector (norm, bias)": parameter.dim() < 2,
+            "outside the decoder layers (embedding, head)": not inside,
+            "router": is_router(name.rpartition(".")[0]),
+            "expert bias": name.endswith("_bias"),
+            f"outside the scope {self.scope!r}": is_linear,
+        }
+        return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def is_router(path: str) -> bool:

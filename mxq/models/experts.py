@@ -136,7 +136,7 @@ def route(
     ``index_TR`` may hold ``experts`` itself as a sentinel for "no expert".
     """
     total_TH = torch.zeros_like(hidden_TH)
-    for expert in index_TR.unique().tolist():
+    for expert in torch.bincount(index_TR.flatten()).nonzero().flatten().tolist():
         if expert < experts:
             rows, positions = routed_tokens(index_TR, expert)
             y = output(expert, hidden_TH[rows]) * weights_TR[rows, positions, None]

@@ -10,7 +10,6 @@ time: the threads are coroutines, not parallelism.
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +19,9 @@ from torch import Tensor, nn
 class LayerCall:
     """One batch's call of one decoder layer."""
 
-    forward: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    forward: Callable[..., object]
+    args: tuple[object, ...]
+    kwargs: Mapping[str, object]
 
     @property
     def hidden(self) -> Tensor:
@@ -37,27 +36,22 @@ class LayerCall:
             return LayerCall(self.forward, (hidden, *self.args[1:]), self.kwargs)
         return LayerCall(self.forward, (), {**self.kwargs, "hidden_states": hidden})
 
-    def run(self) -> Any:
+    def run(self) -> object:
         """Output of the layer as it is now; calling again gives the same."""
         return self.forward(*self.args, **self.kwargs)
 
 
-def hidden_of(output: Any) -> Tensor:
+def hidden_of(output: object) -> Tensor:
     """The hidden states in a decoder layer's output, which may be a tuple."""
     hidden = output[0] if isinstance(output, tuple) else output
     assert isinstance(hidden, Tensor)
     return hidden
 
 
-def with_hidden_output(output: Any, hidden: Tensor) -> Any:
-    """A decoder layer's output with other hidden states."""
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-
-OnLayer = Callable[[int, list[LayerCall]], list[Any]]
+OnLayer = Callable[[int, list[LayerCall]], list[object]]
 """``(layer, calls) -> outputs``, one output for each call."""
 
-OnResult = Callable[[int, Any], None]
+OnResult = Callable[[int, object], None]
 """``(batch, model output)``; the output is dropped after the call."""
 
 
@@ -122,8 +116,8 @@ class _Meeting:
     def __init__(self) -> None:
         self.local = threading.local()
 
-    def stand_in(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def wait(*args: Any, **kwargs: Any) -> Any:
+    def stand_in(self, index: int, forward: Callable[..., object]) -> Callable[..., object]:
+        def wait(*args: object, **kwargs: object) -> object:
             runner: _Runner = self.local.runner
             return runner.meet(index, LayerCall(forward, args, kwargs))
 
@@ -137,8 +131,8 @@ class _Runner(threading.Thread):
         super().__init__(daemon=True)
         self.model, self.batch, self.meeting = model, batch, meeting
         self.call: tuple[int, LayerCall] | None = None
-        self.waiting_output: Any = None
-        self.result: Any = None
+        self.waiting_output: object = None
+        self.result: object = None
         self.error: BaseException | None = None
         self._abandoned = False
         self._to_controller, self._to_model = threading.Event(), threading.Event()
@@ -155,7 +149,7 @@ class _Runner(threading.Thread):
         self.call = None
         self._to_controller.set()
 
-    def meet(self, index: int, call: LayerCall) -> Any:
+    def meet(self, index: int, call: LayerCall) -> object:
         """Called in the model's thread: wait for the controller's output of this layer."""
         self.call = (index, call)
         self._to_controller.set()
@@ -166,7 +160,7 @@ class _Runner(threading.Thread):
         output, self.waiting_output = self.waiting_output, None
         return output
 
-    def advance(self, output: Any) -> None:
+    def advance(self, output: object) -> None:
         """Called by the controller: let the model run to the next layer or to its end."""
         self._to_controller.clear()
         self.call, self.waiting_output = None, output

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -146,7 +146,7 @@ class ModelSource:
         for name, buffer in buffers.items():
             _load_parameter_into_model(self.model, name, torch.empty_like(buffer, device="cpu"))
         with torch.no_grad():
-            self.model.initialize_weights()
+            self.model.initialize_weights()  # type: ignore[no-untyped-call]  # of transformers
         for module in self.model.modules():
             if hasattr(module, "_is_hf_initialized"):
                 module._is_hf_initialized = True  # type: ignore[assignment]
@@ -158,7 +158,7 @@ class ModelSource:
             config = LoadStateDictConfig(
                 dtype=self.dtype,
                 dtype_plan=self.model._get_dtype_plan(self.dtype),
-                weight_mapping=deepcopy(self._mapping),
+                weight_mapping=deepcopy(self._mapping),  # type: ignore[arg-type]  # theirs, as they use it
             )
             loaded, _ = convert_and_load_state_dict_in_model(self.model, slices, config)
         problems = [*loaded.conversion_errors, *loaded.mismatched_keys, *loaded.unexpected_keys]
@@ -202,7 +202,7 @@ def build_skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """The module tree on the meta device, its experts going through mxq's experts function."""
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]  # of transformers
     except ValueError as error:
         raise ValueError(
             f"transformers has no causal language model for {type(config).__name__}: {error}"
@@ -256,14 +256,15 @@ def checkpoint_files(folder: Path) -> dict[str, str]:
     )
 
 
-def find_decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+def find_decoder_layers(model: nn.Module) -> tuple[str, tuple[nn.Module, ...]]:
     """The longest list of decoder layers, with its path."""
-    best: tuple[str, nn.ModuleList] | None = None
+    best: tuple[str, tuple[nn.Module, ...]] | None = None
     for name, module in model.named_modules():
-        is_list = isinstance(module, nn.ModuleList) and len(module) > 0
-        if is_list and all(isinstance(item, GradientCheckpointingLayer) for item in module):
-            if best is None or len(module) > len(best[1]):
-                best = (name, module)
+        if not isinstance(module, nn.ModuleList) or len(module) == 0:
+            continue
+        are_layers = all(isinstance(item, GradientCheckpointingLayer) for item in module)
+        if are_layers and (best is None or len(module) > len(best[1])):
+            best = (name, tuple(module))
     if best is None:
         raise ValueError(f"{type(model).__name__} has no list of decoder layers that mxq can find")
     return best

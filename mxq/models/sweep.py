@@ -50,8 +50,8 @@ def make_batches(
 ) -> Batches:
     """Cut samples [samples, sequence] into batches of about that many tokens."""
     rows = max(1, batch_tokens // fit_ids.shape[1])
-    fit = tuple(fit_ids.split(rows))
-    held = () if heldout_ids is None else tuple(heldout_ids.split(rows))
+    fit = torch.split(fit_ids, rows)
+    held = () if heldout_ids is None else torch.split(heldout_ids, rows)
     return Batches((*fit, *held), len(fit))
 
 
@@ -190,7 +190,7 @@ def _backward_layer(
         def keep(g: Tensor) -> None:
             slot[place] = g.detach().flatten(0, -2)
 
-        capture.output.register_hook(keep)
+        capture.output.register_hook(keep)  # type: ignore[no-untyped-call]  # of torch
 
     hidden = call.hidden.requires_grad_()
     with adapter.recording(layer, sink), torch.enable_grad():

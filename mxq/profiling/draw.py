@@ -4,7 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from mxq.config import CalibrationOptions
 from mxq.models.adapter import ModelAdapter
@@ -46,9 +51,15 @@ def _load(
         samples=samples,
         seqlen=options.seqlen,
         seed=options.seed,
-        vocab_size=adapter.source.model.get_input_embeddings().num_embeddings,
-        model=_sampler(adapter.source.folder),
+        vocab_size=_vocabulary(adapter),
+        model=_sampler(adapter),
     )
+
+
+def _vocabulary(adapter: ModelAdapter) -> int:
+    embedding = adapter.source.model.get_input_embeddings()
+    assert isinstance(embedding.weight, torch.Tensor)
+    return int(embedding.weight.shape[0])
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
@@ -59,17 +70,17 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     return tokenizer
 
 
-def _sampler(folder: Path) -> Callable[[int, int, torch.Generator], torch.Tensor]:
+def _sampler(adapter: ModelAdapter) -> Callable[[int, int, torch.Generator], torch.Tensor]:
     """Text written by the model itself; this loads the whole model, unlike every other stage."""
-
-    loaded: list[torch.nn.Module] = []
+    folder = adapter.source.folder
+    bos = getattr(adapter.source.model.config, "bos_token_id", None)
+    loaded: list[PreTrainedModel] = []
 
     def sample(batch: int, seqlen: int, generator: torch.Generator) -> torch.Tensor:
         if not loaded:
             loaded.append(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
         model = loaded[0]
-        start = model.config.bos_token_id
-        ids = torch.full((batch, 1), 0 if start is None else start)
+        ids = torch.full((batch, 1), bos if isinstance(bos, int) else 0)
         cache = None
         for _ in range(seqlen - 1):
             with torch.no_grad():

@@ -4,7 +4,6 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +25,11 @@ from mxq.quantizers.choose import (
     quantize_batch,
     rotate_batch,
 )
+from mxq.quantizers.method import Method
 from mxq.quantizers.moments import second_moments
 from mxq.scheme import Scheme
 
-Rotation = Literal["auto", "on", "off"]
-
-TOKENS_PER_BLOCK = 16384
+TOKENS_PER_BLOCK = 8192
 """Tokens of one block that a metric looks at; more hardly change the estimate."""
 
 UNROUTED_TOKENS = 0.5
@@ -45,18 +43,18 @@ class MeasureSettings:
     schemes: tuple[Scheme, ...]
     sensitivity: Sensitivity
     metric_name: str
-    quantizer: object
-    quantizer_name: str
-    rotation: Rotation = "auto"
+    method: Method
+    rotation: str = "auto"
 
 
 @dataclass(slots=True)
 class _Losses:
     """Losses found so far; the rows of a layer are complete once the layer is done."""
 
-    loss: dict[tuple[bool, str, Scheme], float] = field(default_factory=dict)
-    quantizer: dict[tuple[bool, str, Scheme], str] = field(default_factory=dict)
+    loss: dict[tuple[str, Scheme], float] = field(default_factory=dict)
+    quantizer: dict[tuple[str, Scheme], str] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
+    rotated: set[int] = field(default_factory=set)
 
 
 def measure(
@@ -82,10 +80,13 @@ def measure(
 
     def on_sites(layer: int, sites: dict[str, SiteInputs], calls: list[LayerCall]) -> None:
         context = _context(adapter, batches, sites, calls)
-        for site, inputs in sites.items():
+        rotated = _should_rotate(adapter, sites, context, settings)
+        if rotated:
+            losses.rotated.add(layer)
+        for inputs in sites.values():
             for probes, batch in _batches(adapter, inputs, settings):
-                for version in _versions(batch, settings.rotation):
-                    _measure_batch(probes, version, context, settings, losses)
+                turned = rotate_batch(batch) if rotated else batch
+                _measure_batch(probes, turned, context, settings, losses)
 
     if settings.sensitivity.needs_gradients:
         sweep_backward(adapter, batches, on_sites, generator=generator, progress=progress)
@@ -105,9 +106,9 @@ def _measure_batch(
     for scheme in settings.schemes:
         if not scheme.fits(in_features):
             continue
-        candidates = quantize_batch(batch, scheme, settings.quantizer_name, settings.quantizer)
+        candidates = quantize_batch(batch, scheme, settings.method)
         for probe, candidate in zip(probes, candidates, strict=True):
-            key = (batch.rotated, candidate.block, scheme)
+            key = (candidate.block, scheme)
             losses.loss[key] = _loss(probe, candidate, context, settings.sensitivity)
             losses.quantizer[key] = candidate.quantizer
             losses.tokens[candidate.block] = probe.tokens
@@ -129,11 +130,30 @@ def _loss(
     return loss
 
 
-def _versions(batch: BlockBatch, rotation: Rotation) -> Iterator[BlockBatch]:
-    if rotation != "on":
-        yield batch
-    if rotation != "off":
-        yield rotate_batch(batch)
+def _should_rotate(
+    adapter: ModelAdapter,
+    sites: Mapping[str, SiteInputs],
+    context: LayerContext,
+    settings: MeasureSettings,
+) -> bool:
+    """Whether rotated inputs lower the layer's summed loss under its cheapest scheme.
+
+    The cheapest scheme of each block is where the layer has most to lose.
+    """
+    if settings.rotation != "auto":
+        return settings.rotation == "on"
+    totals = {False: 0.0, True: 0.0}
+    for inputs in sites.values():
+        for probes, batch in _batches(adapter, inputs, settings):
+            _, n, k = batch.w_BNK.shape
+            fitting = [scheme for scheme in settings.schemes if scheme.fits(k)]
+            cheapest = min(fitting, key=lambda scheme: scheme.storage_bits(n, k))
+            for version in (batch, rotate_batch(batch)):
+                candidates = quantize_batch(version, cheapest, settings.method)
+                for probe, candidate in zip(probes, candidates, strict=True):
+                    loss = _loss(probe, candidate, context, settings.sensitivity)
+                    totals[version.rotated] += loss
+    return totals[True] < totals[False]
 
 
 def _batches(
@@ -213,21 +233,20 @@ def _table(
     losses: _Losses,
     provenance: Provenance,
 ) -> SensitivityTable:
-    rotated = _rotated_layers(adapter.blocks(), settings, losses.loss)
+    rates = _rates_per_token(adapter.blocks(), losses)
     rows, quantizers, infos = [], [], []
-    rates = _rates_of_unrouted(adapter.blocks(), settings, losses)
     for block in adapter.blocks():
-        turned = block.layer in rotated
-        keys = [(turned, block.name, scheme) for scheme in settings.schemes]
+        keys = [(block.name, scheme) for scheme in settings.schemes]
+        tokens = losses.tokens[block.name]
         row = [losses.loss.get(key, math.inf) for key in keys]
-        if losses.tokens.get(block.name, 0) == 0:
+        if tokens == 0:
             row = [
-                rates.get((turned, block.layer, block.projection, s), r)
-                for s, r in zip(settings.schemes, row, strict=True)
+                loss if math.isinf(loss) else UNROUTED_TOKENS * rates.get(_kind(block, s), 0.0)
+                for s, loss in zip(settings.schemes, row, strict=True)
             ]
         rows.append(_monotone(block, settings.schemes, row))
         quantizers.append(tuple(losses.quantizer.get(key, "") for key in keys))
-        infos.append(_info(adapter, block, losses.tokens.get(block.name, 0)))
+        infos.append(_info(adapter, block, tokens))
     return SensitivityTable(
         blocks=tuple(infos),
         schemes=settings.schemes,
@@ -236,44 +255,28 @@ def _table(
         metric=settings.metric_name,
         unit=settings.sensitivity.unit,
         calibration_tokens=batches.all_tokens,
-        rotated_layers=tuple(sorted(rotated)),
+        rotated_layers=tuple(sorted(losses.rotated)),
         provenance=provenance,
     )
 
 
-def _rotated_layers(
-    blocks: Sequence[LinearBlock],
-    settings: MeasureSettings,
-    loss: Mapping[tuple[bool, str, Scheme], float],
-) -> set[int]:
-    """Layers whose summed losses fall when inputs are rotated, over the schemes in the mean."""
-    layers = {block.layer for block in blocks}
-    if settings.rotation != "auto":
-        return layers if settings.rotation == "on" else set()
-    gain: dict[int, list[float]] = defaultdict(list)
-    for layer in layers:
-        names = [block.name for block in blocks if block.layer == layer]
-        for scheme in settings.schemes:
-            plain = sum(loss.get((False, name, scheme), 0.0) for name in names)
-            turned = sum(loss.get((True, name, scheme), 0.0) for name in names)
-            if plain > 0 and turned > 0:
-                gain[layer].append(math.log(plain / turned))
-    return {layer for layer in layers if sum(gain[layer]) > 0}
+def _kind(block: LinearBlock, scheme: Scheme) -> tuple[int, str, Scheme]:
+    return block.layer, block.projection, scheme
 
 
-def _rates_of_unrouted(
-    blocks: Sequence[LinearBlock], settings: MeasureSettings, losses: _Losses
-) -> dict[tuple[bool, int, str, Scheme], float]:
-    """Loss of an expert without tokens: half a token at the mean rate of its layer's experts."""
-    totals: dict[tuple[bool, int, str, Scheme], list[float]] = defaultdict(lambda: [0.0, 0.0])
+def _rates_per_token(
+    blocks: Sequence[LinearBlock], losses: _Losses
+) -> dict[tuple[int, str, Scheme], float]:
+    """Mean loss per routed token of a layer's experts, by projection and scheme."""
     by_name = {block.name: block for block in blocks}
-    for (turned, name, scheme), loss in losses.loss.items():
+    totals: dict[tuple[int, str, Scheme], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for (name, scheme), loss in losses.loss.items():
         block = by_name[name]
         if block.expert is not None and losses.tokens[name] > 0:
-            total = totals[turned, block.layer, block.projection, scheme]
+            total = totals[_kind(block, scheme)]
             total[0] += loss
             total[1] += losses.tokens[name]
-    return {key: UNROUTED_TOKENS * loss / tokens for key, (loss, tokens) in totals.items()}
+    return {key: loss / tokens for key, (loss, tokens) in totals.items()}
 
 
 def _monotone(

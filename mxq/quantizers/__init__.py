@@ -5,17 +5,16 @@ no model and no file. The built-in ones take leading batch dimensions; ``per_mat
 that does not, so a user's own function needs to handle a single matrix only.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from mxq.numerics import QuantizedWeight
 from mxq.quantizers.gptq import quantize_gptq
+from mxq.quantizers.method import Method, Quantizer
 from mxq.quantizers.rtn import quantize_rtn
 from mxq.scheme import Scheme
-
-Quantizer = Callable[[Tensor, Scheme, Tensor | None], QuantizedWeight]
 
 QUANTIZERS: Mapping[str, Quantizer] = {"gptq": quantize_gptq, "rtn": quantize_rtn}
 
@@ -43,4 +42,4 @@ def _stack(parts: list[Tensor | None]) -> Tensor | None:
     return torch.stack(present) if len(present) == len(parts) else None
 
 
-__all__ = ["QUANTIZERS", "Quantizer", "per_matrix", "quantize_gptq", "quantize_rtn"]
+__all__ = ["QUANTIZERS", "Method", "Quantizer", "per_matrix", "quantize_gptq", "quantize_rtn"]

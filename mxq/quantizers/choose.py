@@ -15,6 +15,7 @@ from mxq.numerics import (
     rotate,
     unrotate,
 )
+from mxq.quantizers.method import Method
 from mxq.quantizers.moments import isotropic, rotate_moments, second_moments, shrink
 from mxq.quantizers.rtn import quantize_rtn
 from mxq.scheme import Scheme
@@ -126,10 +127,8 @@ def rotate_batch(batch: BlockBatch) -> BlockBatch:
     )
 
 
-def quantize_batch(
-    batch: BlockBatch, scheme: Scheme, name: str, quantizer: object
-) -> tuple[Candidate, ...]:
-    """The better of ``quantizer`` and round to nearest for each block, judged on its inputs.
+def quantize_batch(batch: BlockBatch, scheme: Scheme, method: Method) -> tuple[Candidate, ...]:
+    """The better of a quantizer and round to nearest for each block, judged on its inputs.
 
     Raises:
         ValueError: If the scheme does not fit, or a quantizer gives non-finite values.
@@ -140,14 +139,13 @@ def quantize_batch(
             Candidate(block, kept[index], "none", rotated=False)
             for index, block in enumerate(batch.names)
         )
-    assert callable(quantizer)
-    chosen: QuantizedWeight = quantizer(batch.w_BNK, scheme, batch.hessian_BKK)
+    chosen = method.quantizer(batch.w_BNK, scheme, batch.hessian_BKK)
     simple = chosen
-    if quantizer is not quantize_rtn and scheme.kind == "int":
+    if method.quantizer is not quantize_rtn and scheme.kind == "int":
         simple = quantize_rtn(batch.w_BNK, scheme, batch.hessian_BKK)
     picked = []
     for index, block in enumerate(batch.names):
-        options = [(name, chosen[index])]
+        options = [(method.name, chosen[index])]
         if simple is not chosen:
             options.append(("rtn", simple[index]))
         judge = batch.judges[index]

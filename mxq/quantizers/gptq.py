@@ -94,6 +94,7 @@ def _inverse_factor(hessian_BKK: Tensor) -> Tensor:
             inverse = torch.cholesky_inverse(lower)
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
         if not failed.any():
+            assert isinstance(upper, Tensor)
             return upper
         damping_B = torch.where(failed > 0, damping_B * 10, damping_B)
     raise ValueError("the second moments of the inputs are not positive definite, even damped")

@@ -43,24 +43,15 @@ def allocate(  # noqa: PLR0913 (each is a question of its own, and all have a de
     r: float = 0.75,
     gap: float = 1e-4,
 ) -> Allocation:
-    """The plan of least predicted loss within a budget of stored bits.
+    """The plan of least predicted loss within ``bits`` per weight or ``storage_bits`` in all.
 
-    Args:
-        table: Loss of every block under every scheme.
-        bits: Budget in bits per weight, metadata included; either this or ``storage_bits``.
-        storage_bits: Budget in bits over all blocks.
-        granularity: Which blocks share a scheme: block, expert, projection or layer.
-        tie_gate_up: Whether gate and up of the same parent share a scheme.
-        floor_bits: Least average of bits per weight in each decoder layer.
-        cost_model: Where latencies come from; needs ``tokens``, the tokens of one step.
-        tokens: See ``cost_model``.
-        max_latency_us: Most microseconds that all blocks take together for one step.
-        solver: A name in ``SOLVERS`` or a callable of that form.
-        objective: "loss", or "mxmoe" for the product ``L^r T^(1-r)`` of loss and latency in each
-            layer, each with the same bits per weight. For "mxmoe", ``bound`` is that of the loss
-            alone and ``proven`` is about the product.
-        r: Weight of the loss in the product.
-        gap: Relative gap to prove.
+    Both count metadata. ``granularity`` says which blocks share a scheme (see ``GRANULARITIES``),
+    ``tie_gate_up`` that gate and up of one parent do, and ``floor_bits`` is the least average in
+    each layer. ``cost_model`` and ``tokens``, those of one step, give latencies, and
+    ``max_latency_us`` limits the sum over the blocks. ``solver`` is a name or a callable.
+
+    ``objective`` "mxmoe" is ``loss^r x latency^(1-r)``, each layer on its own with the same bits
+    per weight; ``bound`` is then that of the loss alone and ``proven`` is about the product.
 
     Raises:
         InfeasibleError: If no plan meets the limits, with what the cheapest plan needs.
@@ -70,26 +61,14 @@ def allocate(  # noqa: PLR0913 (each is a question of its own, and all have a de
     if objective not in _OBJECTIVES:
         raise ValueError(f"no objective {objective!r}; choose one of {', '.join(_OBJECTIVES)}")
     priced = _priced(table, cost_model, tokens)
+    labels = group_labels(table.blocks, granularity, tie_gate_up=tie_gate_up)
     limit = _limit(priced, bits, storage_bits)
-    question = _Question(
-        priced=priced,
-        labels=group_labels(table.blocks, granularity, tie_gate_up=tie_gate_up),
-        limit=limit,
-        floor_bits=floor_bits,
-        max_latency_us=max_latency_us,
-        solver=solver_named(solver),
-        r=r,
-        gap=gap,
-    )
+    limits = (limit, floor_bits, max_latency_us)
+    question = _Question(priced, labels, *limits, solver_named(solver), r, gap)
     answer = _OBJECTIVES[objective](question)
-    description = f"{_spoken(objective, r)}, {granularity} granularity"
-    if tie_gate_up:
-        description += ", gate and up tied"
-    if floor_bits is not None:
-        description += f", at least {floor_bits:g} bits in each layer"
-    if max_latency_us is not None:
-        description += f", at most {max_latency_us:g} us"
-    return _allocation(priced, answer, limit / priced.weights, description)
+    parts = [_spoken(objective, r), f"{granularity} granularity", *_spoken_limits(question)]
+    parts += ["gate and up tied"] if tie_gate_up else []
+    return _allocation(priced, answer, limit / priced.weights, ", ".join(parts))
 
 
 def uniform(
@@ -330,3 +309,12 @@ def _chosen_sum(values: Matrix, choice: Choice) -> float:
 
 def _spoken(objective: str, r: float) -> str:
     return "least loss" if objective == "loss" else f"least loss^{r:g} x time^{1 - r:g} by layer"
+
+
+def _spoken_limits(question: _Question) -> list[str]:
+    parts = []
+    if question.floor_bits is not None:
+        parts.append(f"at least {question.floor_bits:g} bits in each layer")
+    if question.max_latency_us is not None:
+        parts.append(f"at most {question.max_latency_us:g} us")
+    return parts
