@@ -16,6 +16,7 @@ from mxq.search.dual import value
 from mxq.search.problem import AllocationProblem, Choice, Matrix, Solution
 from mxq.search.reduce import Core
 from mxq.search.rows import System
+from mxq.search.solver_lagrangian import enumerate_core
 
 MOST_COLUMNS = 20_000
 """Larger cores are branched upon first."""
@@ -33,7 +34,13 @@ def solve_pulp(
         InfeasibleError: If no plan meets all limits.
         RuntimeError: If no plan was found and none was ruled out.
     """
-    return solve(problem, prove_core, gap=gap, time_limit_s=time_limit_s)
+    return solve(problem, _finish, gap=gap, time_limit_s=time_limit_s)
+
+
+def _finish(core: Core, cut: float, gap: float, deadline: float) -> Finished | None:
+    """Cores that a table of partial plans settles at once never reach the integer program."""
+    answer = enumerate_core(core, cut, gap, deadline)
+    return prove_core(core, cut, gap, deadline) if answer is None else answer
 
 
 def prove_core(core: Core, cut: float, gap: float, deadline: float) -> Finished | None:

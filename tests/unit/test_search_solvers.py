@@ -8,13 +8,29 @@ import pulp
 import pytest
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from mxq.search import SOLVERS, AllocationProblem, Budget, Floor, InfeasibleError, solver_pulp
+from mxq.search import (
+    SOLVERS,
+    AllocationProblem,
+    Budget,
+    Floor,
+    InfeasibleError,
+    branch,
+    solver_pulp,
+)
 from mxq.search.dual import lower_bound
 from mxq.search.primal import repair
 from mxq.search.reduce import root, without_dominated
 from mxq.search.rows import system_of
 
 both = pytest.mark.parametrize("solver", SOLVERS)
+all_three = pytest.mark.parametrize("solver", [*SOLVERS, "integer program"])
+
+
+def solve(name, problem, *, gap=1e-4, time_limit_s=60.0):
+    """A solver by name; "integer program" leaves out the enumeration that comes before it."""
+    if name == "integer program":
+        return branch.solve(problem, solver_pulp.prove_core, gap=gap, time_limit_s=time_limit_s)
+    return SOLVERS[name](problem, gap=gap, time_limit_s=time_limit_s)
 
 
 def brute_force_loss(problem):
@@ -89,7 +105,7 @@ def large_problem(blocks, *, tightness=0.7, seed=1):
     return AllocationProblem(loss, tuple(budgets))
 
 
-@both
+@all_three
 @pytest.mark.parametrize("first", range(0, 200, 20))
 def test_equals_brute_force(solver, first):
     for seed in range(first, first + 20):
@@ -97,9 +113,9 @@ def test_equals_brute_force(solver, first):
         expected = brute_force_loss(problem)
         if np.isinf(expected):
             with pytest.raises(InfeasibleError, match="not all together"):
-                SOLVERS[solver](problem, gap=0.0)
+                solve(solver, problem, gap=0.0)
             continue
-        solution = SOLVERS[solver](problem, gap=0.0)
+        solution = solve(solver, problem, gap=0.0)
         assert solution.proven, seed
         assert problem.is_feasible(solution.choice)
         assert solution.loss == pytest.approx(expected, rel=1e-8), seed
@@ -107,11 +123,11 @@ def test_equals_brute_force(solver, first):
         assert solution.bound <= expected * (1 + 1e-12)
 
 
-@both
+@all_three
 @pytest.mark.parametrize("seed", range(6))
 def test_equals_scipy_milp(solver, seed):
     problem = large_problem(60, tightness=0.5 + 0.08 * seed, seed=seed)
-    solution = SOLVERS[solver](problem, gap=0.0)
+    solution = solve(solver, problem, gap=0.0)
     assert solution.proven
     # scipy proves a relative gap of 1e-9 and allows 1e-6 of the largest cost in a row.
     assert solution.loss == pytest.approx(milp_loss(problem), rel=1e-6)
@@ -125,7 +141,7 @@ def test_floors_equal_scipy_milp(seed):
         Floor(f"layer {n}", np.arange(20 * n, 20 * n + 20), bits[:20], 20 * 3.5) for n in range(3)
     )
     problem = AllocationProblem(base.loss, base.budgets, floors)
-    solutions = [SOLVERS[name](problem, gap=0.0) for name in SOLVERS]
+    solutions = [solve(name, problem, gap=0.0) for name in (*SOLVERS, "integer program")]
     for solution in solutions:
         chosen = bits[np.arange(60), solution.choice]
         assert (chosen.reshape(3, 20).sum(axis=1) >= 70).all()
@@ -136,24 +152,24 @@ def test_floors_equal_scipy_milp(seed):
 @pytest.mark.parametrize("tightness", [0.1, 0.5, 0.8, 0.95])
 def test_a_large_problem_is_proven_in_seconds(solver, tightness):
     start = time.perf_counter()
-    solution = SOLVERS[solver](large_problem(4000, tightness=tightness), gap=1e-4)
+    solution = solve(solver, large_problem(4000, tightness=tightness), gap=1e-4)
     assert solution.proven
     assert solution.gap <= 1e-4
     assert time.perf_counter() - start < 20  # seen: below 2 s on two cores
 
 
-@both
+@all_three
 def test_equal_losses_are_solved_at_once(solver):
     problem = large_problem(2000)
     equal = AllocationProblem(np.ones_like(problem.loss), problem.budgets)
-    solution = SOLVERS[solver](equal)
+    solution = solve(solver, equal)
     assert (solution.loss, solution.bound, solution.proven) == (2000.0, 2000.0, True)
 
 
 @both
 def test_a_larger_budget_is_never_worse(solver):
     losses = [
-        SOLVERS[solver](large_problem(40, tightness=t), gap=0.0).loss
+        solve(solver, large_problem(40, tightness=t), gap=0.0).loss
         for t in (0.95, 0.9, 0.8, 0.6, 0.3, 0.0)
     ]
     assert losses == sorted(losses, reverse=True)
@@ -198,13 +214,13 @@ def test_a_dearer_column_is_kept_where_a_floor_may_need_it():
     assert SOLVERS["lagrangian"](problem).choice.tolist() == [1]
 
 
-@both
+@all_three
 def test_budgets_that_contradict_each_other_say_what_would_be_needed(solver):
     # Under latency <= 1 both blocks need scheme 1, which costs 3 + 3 bytes.
     bytes_ = Budget("bytes", [[1.0, 3.0]] * 2, 4.0)
     latency = Budget("latency", [[2.0, 0.5]] * 2, 1.0)
     with pytest.raises(InfeasibleError) as error:
-        SOLVERS[solver](AllocationProblem(np.ones((2, 2)), (bytes_, latency)))
+        solve(solver, AllocationProblem(np.ones((2, 2)), (bytes_, latency)))
     assert "budget 'bytes' is 4, but under 'latency' (at most 1) the cheapest plan needs 6" in str(
         error.value
     )
@@ -236,27 +252,27 @@ def test_numbers_of_a_failed_solve_are_never_read(monkeypatch, status):
     problem = core_problem()
     stubbed(monkeypatch, status)
     monkeypatch.setattr(solver_pulp, "_chosen", unread)
-    solution = solver_pulp.solve_pulp(problem, gap=0.0, time_limit_s=2.0)
+    solution = solve("integer program", problem, gap=0.0, time_limit_s=2.0)
     assert problem.is_feasible(solution.choice)
     assert solution.bound <= SOLVERS["lagrangian"](problem, gap=0.0).loss
 
 
-@both
+@all_three
 def test_without_time_the_plan_is_feasible_and_not_called_proven(solver):
     problem = core_problem()
-    solution = SOLVERS[solver](problem, gap=0.0, time_limit_s=0.0)
+    solution = solve(solver, problem, gap=0.0, time_limit_s=0.0)
     assert problem.is_feasible(solution.choice)
     assert not solution.proven
     assert solution.bound < solution.loss
 
 
-@both
+@all_three
 def test_without_time_and_plan_there_is_no_solution(solver):
     # Sums of 0, 1, 2 or 3 of these meet neither limit exactly, so no heuristic finds a plan.
     seed = next(s for s in range(2000) if is_hard(s))
     with pytest.raises(RuntimeError, match=r"no plan found within 'low' .*none ruled out"):
-        SOLVERS[solver](hard_problem(seed), time_limit_s=0.0)
-    assert SOLVERS[solver](hard_problem(seed)).proven
+        solve(solver, hard_problem(seed), time_limit_s=0.0)
+    assert solve(solver, hard_problem(seed)).proven
 
 
 def hard_problem(seed):
@@ -282,12 +298,12 @@ def test_both_backends_give_the_same_plan(monkeypatch, backend):
         monkeypatch.setattr(pulp.HiGHS, "available", lambda self: False)
     problem = core_problem()
     exact = SOLVERS["lagrangian"](problem, gap=0.0)
-    assert solver_pulp.solve_pulp(problem, gap=0.0).loss == pytest.approx(exact.loss, rel=1e-8)
+    assert solve("integer program", problem, gap=0.0).loss == pytest.approx(exact.loss, rel=1e-8)
 
 
 def test_a_plan_beyond_a_limit_by_the_solvers_tolerance_is_asked_for_again(monkeypatch):
     problem = core_problem()
-    exact = solver_pulp.solve_pulp(problem, gap=0.0)
+    exact = solve("integer program", problem, gap=0.0)
     asked = []
     ask = solver_pulp._ask
 
@@ -300,7 +316,7 @@ def test_a_plan_beyond_a_limit_by_the_solvers_tolerance_is_asked_for_again(monke
         return answer
 
     monkeypatch.setattr(solver_pulp, "_ask", tempted)
-    solution = solver_pulp.solve_pulp(problem, gap=0.0)
+    solution = solve("integer program", problem, gap=0.0)
     assert any(asked)
     assert problem.is_feasible(solution.choice)
     assert solution.loss == pytest.approx(exact.loss)
