@@ -21,7 +21,7 @@ GROUP_SIZES = (32, 64, 128)
 _SPELLING = re.compile(r"w(\d+)a(\d+)_g(\d+|row)_(sym|asym)")
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class Scheme:
     """How one weight, and the input that it multiplies, are represented.
 
@@ -50,6 +50,13 @@ class Scheme:
                 raise ValueError(f"weights of {self.w_bits} bits need activations of at least that")
         elif (self.w_bits, self.a_bits, self.group_size, self.symmetric) != _FLOATS[self.kind]:
             raise ValueError(f"{self.kind} has no options; write Scheme.parse({self.kind!r})")
+
+    def __lt__(self, other: "Scheme") -> bool:
+        """Order of listings: by bits, then by group size, a whole row as the largest group."""
+        pair = [
+            (s.w_bits, s.a_bits, s.group_size or 2**31, s.symmetric, s.kind) for s in (self, other)
+        ]
+        return pair[0] < pair[1]
 
     @classmethod
     def parse(cls, text: str) -> "Scheme":
