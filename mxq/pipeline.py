@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from mxq.artifacts import Allocation, BlockInfo, SensitivityTable
 from mxq.checkpoint.pack import PackReport, pack
+from mxq.checkpoint.size import block_budget
 from mxq.config import (
     AllocateOptions,
     CalibrationOptions,
@@ -338,34 +339,6 @@ def plan(
     asked = limit if limit is not None else int((options.bits or 0) * chosen.weights)
     beside = best_uniform(table, storage_bits=asked)
     return {"plan": chosen} if beside is None else {"plan": chosen, "uniform": beside}
-
-
-def block_budget(adapter: ModelAdapter, size_bytes: int) -> int:
-    """Bits left for the quantized blocks of a checkpoint of that size.
-
-    Raises:
-        ValueError: If what stays in its type is larger already.
-    """
-    kept = kept_bytes(adapter)
-    if size_bytes <= kept:
-        raise ValueError(
-            f"--size is {size_bytes:,} bytes, but what stays in its type takes {kept:,}; raise the "
-            "size, or quantize more with --scope all"
-        )
-    return 8 * (size_bytes - kept)
-
-
-def kept_bytes(adapter: ModelAdapter) -> int:
-    """Bytes of a checkpoint beside the blocks: kept tensors, shapes and file headers."""
-    source = adapter.source
-    parameters = dict(source.model.named_parameters())
-    kept = sum(
-        parameters[name].numel() * source.stored_dtype(name).itemsize
-        for name in adapter.coverage.kept
-        if source.is_stored(name)
-    )
-    # Each block has up to four named tensors in a header (some 120 bytes each) and a stored shape.
-    return kept + len(adapter.blocks()) * (4 * 120 + 16)
 
 
 def _pack(finish: _Finish, allocation: Allocation, name: str, report: Report | None) -> PackReport:

@@ -79,6 +79,10 @@ class Scheme:
         group_size = None if group == "row" else int(group)
         return cls(int(w_bits), int(a_bits), group_size, grid == "sym")
 
+    def __lt__(self, other: "Scheme") -> bool:
+        """By weight bits, then input bits, then the number of scales, ``row`` first."""
+        return self._order() < other._order()
+
     def __str__(self) -> str:
         if self.kind != "int":
             return self.kind
@@ -95,6 +99,10 @@ class Scheme:
         groups = self.groups(in_features)
         zero_bits = 0 if self.symmetric else self.w_bits
         return out_features * (in_features * self.w_bits + groups * (SCALE_BITS + zero_bits))
+
+    def _order(self) -> tuple[int, int, float, bool, str]:
+        scales = 0.0 if self.group_size is None else 1 / self.group_size
+        return self.w_bits, self.a_bits, scales, not self.symmetric, self.kind
 
     def groups(self, in_features: int) -> int:
         """Number of groups along an input of that width."""
