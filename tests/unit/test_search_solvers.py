@@ -15,11 +15,12 @@ from mxq.search import (
     Floor,
     InfeasibleError,
     branch,
+    reduce,
     solver_pulp,
 )
 from mxq.search.dual import lower_bound
 from mxq.search.primal import repair
-from mxq.search.reduce import root, without_dominated
+from mxq.search.reduce import root, shrunk, without_dominated
 from mxq.search.rows import system_of
 
 both = pytest.mark.parametrize("solver", SOLVERS)
@@ -183,6 +184,42 @@ def test_exact_is_at_most_greedy():
     assert problem.is_feasible(greedy)
     exact = SOLVERS["pulp"](problem, gap=1e-6)
     assert dual.bound <= exact.loss <= problem.total_loss(greedy)
+
+
+@all_three
+def test_the_bound_of_a_coarse_answer_is_still_a_bound(solver, monkeypatch):
+    # Without improvement the first plans are poor, so that coarse answers are not the best ones.
+    monkeypatch.setattr(reduce, "improve", lambda system, choice, prices: choice)
+    suboptimal = 0
+    for seed in range(200):
+        problem = random_problem(seed)
+        best = brute_force_loss(problem)
+        if np.isfinite(best):
+            solution = solve(solver, problem, gap=0.3)
+            assert solution.proven
+            assert solution.gap <= 0.3
+            assert solution.bound <= best * (1 + 1e-12), seed
+            suboptimal += solution.loss > best * (1 + 1e-9)
+    assert suboptimal > 0  # otherwise this would not test anything
+
+
+def test_fixing_columns_keeps_every_plan_at_the_cut():
+    dropped = 0
+    for seed in range(200):
+        problem = random_problem(seed)
+        best = brute_force_loss(problem)
+        if not np.isfinite(best):
+            continue
+        whole = root(problem)[0]
+        core = shrunk(whole, best)
+        kept_SB = np.full(problem.loss.T.shape, False)
+        kept_SB[core.base, np.arange(len(core.base))] = True
+        kept_SB[:, core.open_blocks] = np.isfinite(core.system.loss_SB)
+        dropped += whole.columns - int(kept_SB.sum())
+        fixed = np.where(kept_SB.T, problem.loss, np.inf)
+        left = AllocationProblem(fixed, problem.budgets, problem.floors)
+        assert brute_force_loss(left) == pytest.approx(best, rel=1e-9), seed
+    assert dropped > 0
 
 
 def test_any_prices_give_a_lower_bound():
