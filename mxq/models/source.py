@@ -16,7 +16,12 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -189,7 +194,7 @@ def open_source(
     checkpoint_files(folder)
     try:
         config = AutoConfig.from_pretrained(folder)
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, StrictDataclassError) as error:
         raise ValueError(f"{folder}/config.json cannot be read by transformers: {error}") from error
     quantized = getattr(config, "quantization_config", None)
     if quantized is not None:
