@@ -110,6 +110,12 @@ def test_an_empty_list_of_schemes_is_refused(texts):
         parse_schemes(texts)
 
 
+def test_a_row_sorts_before_groups_and_wide_groups_before_narrow_ones():
+    row, wide, narrow = "w4a16_grow_asym", "w4a16_g128_asym", "w4a16_g32_asym"
+    found = parse_schemes([narrow, "w5a16_grow_asym", row, wide])
+    assert [str(scheme) for scheme in found] == [row, wide, narrow, "w5a16_grow_asym"]
+
+
 def test_schemes_of_all_kinds_and_groups_sort_without_error():
     # None and int do not compare in Python: a row and a group scheme of the same bits must.
     assert len(parse_schemes([*SPELLINGS, "fp8", "bf16"])) == len(SPELLINGS) + 2
