@@ -100,7 +100,9 @@ def make_model(family, *, seed=0, **changes):
     return model.eval()
 
 
-def save_tiny(folder, family="qwen2_moe", *, seed=0, dtype=torch.float32, tokenizer=True, **changes):
+def save_tiny(
+    folder, family="qwen2_moe", *, seed=0, dtype=torch.float32, tokenizer=True, **changes
+):
     """Save a random model, with a byte tokenizer unless told otherwise; the folder."""
     folder = Path(folder)
     make_model(family, seed=seed, **changes).to(dtype).save_pretrained(folder)

@@ -4,68 +4,16 @@ Words are unpacked by compressed-tensors, rotations undone with scipy's Hadamard
 weights put into a model of transformers by the layout of its experts, written out here.
 """
 
-import json
-
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-from safetensors.torch import load_file
 from scipy.linalg import hadamard
 
-from mxq.artifacts import Allocation
 from mxq.models.adapter import ModelAdapter
 from mxq.models.lockstep import run_in_lockstep
 from mxq.models.source import open_source
 
 INTERLEAVED = ("gpt_oss",)
 """Families whose experts are stored [in, out], gate and up in turn."""
-
-
-def make_allocation(adapter, schemes, *, rotated_layers=()):
-    """A plan with those schemes by block name; no solver, so nothing is predicted."""
-    blocks = adapter.blocks()
-    return Allocation(
-        schemes=schemes,
-        predicted_loss=0.0,
-        bound=0.0,
-        proven=False,
-        storage_bits=sum(
-            schemes[b.name].storage_bits(b.out_features, b.in_features) for b in blocks
-        ),
-        weights=sum(b.weights for b in blocks),
-        asked_bits=16.0,
-        unit="none",
-        description="drawn",
-        rotated_layers=rotated_layers,
-    )
-
-
-def random_schemes(adapter, menu, *, seed):
-    """A scheme for each block, each of the menu used as often as the others where it fits."""
-    generator = torch.Generator().manual_seed(seed)
-    blocks = adapter.blocks()
-    order = torch.randperm(len(blocks), generator=generator).tolist()
-    menu = [menu[index] for index in torch.randperm(len(menu), generator=generator).tolist()]
-    drawn = {}
-    for place, index in enumerate(order):
-        block = blocks[index]
-        fitting = [scheme for scheme in menu if scheme.fits(block.in_features)]
-        drawn[block.name] = fitting[place % len(fitting)]
-    return drawn
-
-
-def tensors_of(folder):
-    """All tensors of a checkpoint by name, and the file of each."""
-    tensors, files = {}, {}
-    for path in sorted(folder.glob("*.safetensors")):
-        for name, tensor in load_file(path).items():
-            assert name not in tensors, f"{name} is in two files"
-            tensors[name], files[name] = tensor, path.name
-    return tensors, files
-
-
-def plan_of(folder):
-    """The ``quantization_config`` of a checkpoint."""
-    return json.loads((folder / "config.json").read_text())["quantization_config"]
 
 
 def unrotated(w_NK):

@@ -7,15 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import (
-    decode,
-    make_allocation,
-    plan_of,
-    random_schemes,
-    streamed_logits,
-    tensors_of,
-    weight_view,
-)
+from checkpoints import make_allocation, plan_of, random_schemes, tensors_of
+from oracle import decode, streamed_logits, weight_view
 from tiny import FAMILIES, logits_of, save_tiny, token_ids
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

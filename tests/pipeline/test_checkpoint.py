@@ -1,0 +1,274 @@
+"""Checkpoints: what keeps its type when loaded, and what is refused."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import edit_config, tensors_of, write_checkpoint
+from safetensors.torch import save_file
+from tiny import logits_of, save_tiny, token_ids
+from transformers import AutoModelForCausalLM
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory):
+    source = save_tiny(tmp_path_factory.mktemp("moe"), "qwen2_moe", dtype=torch.bfloat16)
+    return write_checkpoint(source, tmp_path_factory.mktemp("packed-moe"))
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    source = save_tiny(tmp_path_factory.mktemp("dense"), "llama")
+    return write_checkpoint(source, tmp_path_factory.mktemp("packed-dense"))
+
+
+@pytest.fixture
+def copied(dense, tmp_path):
+    """A copy of the dense checkpoint that a test may damage."""
+    return Path(shutil.copytree(dense, tmp_path / "copy"))
+
+
+def load(folder, dtype=torch.float32):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def first_shard(folder):
+    return next(iter(sorted(folder.glob("model-layer-*.safetensors"))))
+
+
+# What is loaded
+
+
+def test_a_cast_of_the_model_leaves_codes_and_scales_alone(moe):
+    model = load(moe)
+    tensors, _ = tensors_of(moe)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        held = dict(model.to(dtype).named_parameters())
+        stored = [name for name in tensors if ".weight_" in name]
+        assert len(stored) > 40
+        for name in stored:
+            assert held[name].dtype == tensors[name].dtype, name
+            assert torch.equal(held[name].view(torch.uint8), tensors[name].view(torch.uint8)), name
+    assert model.model.norm.weight.dtype == torch.float64
+
+
+def test_a_checkpoint_loads_in_the_type_asked_for_and_scales_stay_float16(moe):
+    model = load(moe, torch.bfloat16)
+    held = dict(model.named_parameters())
+    scales = {p.dtype for name, p in held.items() if name.endswith("weight_scale")}
+    assert scales == {torch.float16}
+    assert model.model.norm.weight.dtype == torch.bfloat16
+    assert logits_of(model, token_ids(1, 8)).dtype == torch.bfloat16
+
+
+def test_what_is_kept_has_the_type_of_the_source(moe):
+    tensors, _ = tensors_of(moe)
+    kept = [tensor for name, tensor in tensors.items() if ".experts." not in name]
+    kept_types = {
+        t.dtype for n, t in tensors.items() if n.endswith(("norm.weight", "q_proj.weight"))
+    }
+    assert kept_types == {torch.bfloat16}
+    assert len(kept) > 20
+
+
+def test_a_layer_called_for_its_weight_decodes_it(dense):
+    model = load(dense)
+    linear = next(m for m in model.modules() if type(m).__name__ == "MxqLinear" and m.rotated)
+    x = torch.randn(5, linear.in_features, generator=torch.Generator().manual_seed(0))
+    by_weight = torch.nn.functional.linear(x, linear.weight, linear.bias)
+    # Rounding of inputs apart, which only the call does.
+    if linear.scheme.a_bits == 16:
+        assert torch.allclose(by_weight, linear(x), atol=1e-5)
+    assert linear.weight.shape == (linear.out_features, linear.in_features)
+
+
+def test_save_pretrained_of_a_loaded_model_refuses(moe, tmp_path):
+    with pytest.raises(ValueError, match=r"mxq and is not serializable"):
+        load(moe).save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again" / "config.json").exists()
+
+
+# Without mxq
+
+
+LOADS = """
+import os, sys
+import transformers
+from transformers import LlamaForCausalLM, Qwen2MoeForCausalLM
+{extra}
+for number, (name, folder) in enumerate({cases!r}):
+    child = os.fork()
+    if child == 0:
+        for stream, kind in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{place}/{{number}}.{{kind}}", os.O_WRONLY | os.O_CREAT), stream)
+        model = getattr(transformers, name).from_pretrained(folder)
+        print("loaded", type(model).__name__, "mxq" in sys.modules)
+        sys.exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+"""Loads in a process of their own each, forked from one that has paid for the imports."""
+
+CASES = {
+    "moe": ("AutoModelForCausalLM", "Qwen2MoeForCausalLM"),
+    "dense": ("AutoModelForCausalLM", "LlamaForCausalLM"),
+}
+
+
+def load_elsewhere(folders, place, extra):
+    """Exit status, output and errors of each load, by kind and class."""
+    keys = [(kind, name) for kind, names in CASES.items() for name in names]
+    cases = [(name, str(folders[kind])) for kind, name in keys]
+    code = LOADS.format(cases=cases, place=place, extra=extra)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return {
+        key: (
+            int(status),
+            (place / f"{number}.out").read_text(),
+            (place / f"{number}.err").read_text(),
+        )
+        for number, (key, status) in enumerate(zip(keys, done.stdout.split(), strict=True))
+    }
+
+
+@pytest.fixture(scope="module")
+def without_mxq(moe, dense, tmp_path_factory):
+    folders = {"moe": moe, "dense": dense}
+    return load_elsewhere(folders, tmp_path_factory.mktemp("without"), "")
+
+
+@pytest.fixture(scope="module")
+def with_mxq(moe, dense, tmp_path_factory):
+    folders = {"moe": moe, "dense": dense}
+    return load_elsewhere(folders, tmp_path_factory.mktemp("with"), "import mxq")
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["Auto", "concrete"])
+@pytest.mark.parametrize("kind", CASES)
+def test_stock_transformers_stops_and_names_mxq(kind, place, without_mxq):
+    status, output, errors = without_mxq[kind, CASES[kind][place]]
+    assert status == 1
+    assert "this checkpoint was quantized with mxq: run `import mxq` before" in errors
+    assert output == ""
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["Auto", "concrete"])
+@pytest.mark.parametrize("kind", CASES)
+def test_after_import_of_mxq_transformers_loads(kind, place, with_mxq):
+    status, output, errors = with_mxq[kind, CASES[kind][place]]
+    assert status == 0, errors
+    assert output == f"loaded {CASES[kind][1]} True\n"
+
+
+# Damage
+
+
+def refuses(folder, message):
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+
+
+def test_a_truncated_shard_is_refused(copied):
+    shard = first_shard(copied)
+    shard.write_bytes(shard.read_bytes()[:-100])
+    refuses(copied, rf"{shard.name} is damaged or was edited: its SHA-256 is .* copy or download")
+
+
+def test_one_flipped_byte_is_refused(copied):
+    shard = first_shard(copied)
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    refuses(copied, rf"{shard.name} is damaged or was edited: its SHA-256 is .*, expected")
+
+
+def test_an_edited_scheme_is_refused(copied):
+    def widen(config):
+        schemes = config["quantization_config"]["schemes"]
+        schemes[schemes.index("w2a16_g32_asym")] = "w4a16_g32_asym"
+
+    edit_config(copied, widen)
+    refuses(
+        copied, r"weight_\w+ has shape \[.*\], its scheme needs \[.*\]: the plan in config.json"
+    )
+
+
+def test_a_scheme_that_does_not_exist_is_refused(copied):
+    def misspell(config):
+        config["quantization_config"]["schemes"][0] = "w7a16_g32_asym"
+
+    edit_config(copied, misspell)
+    refuses(copied, "weight bits of 7 is not supported")
+
+
+def test_a_plan_without_its_tables_is_refused(copied):
+    edit_config(copied, lambda config: config["quantization_config"].pop("linears"))
+    refuses(copied, r"quantization_config of this checkpoint was edited or damaged: .*linears")
+
+
+def test_a_removed_shard_is_refused(copied):
+    shard = first_shard(copied)
+    shard.unlink()
+    with pytest.raises((ValueError, OSError), match=shard.name):
+        load(copied)
+
+
+def test_a_shard_removed_from_the_index_too_is_refused(copied):
+    shard = first_shard(copied)
+    shard.unlink()
+    index = copied / "model.safetensors.index.json"
+    fields = json.loads(index.read_text())
+    fields["weight_map"] = {k: f for k, f in fields["weight_map"].items() if f != shard.name}
+    index.write_text(json.dumps(fields))
+    refuses(
+        copied, rf"files do not match its plan: absent \['{shard.name}'\], not in the plan \[\]"
+    )
+
+
+def test_a_foreign_shard_is_refused(copied):
+    save_file({"model.extra": torch.zeros(2)}, copied / "extra.safetensors", {"format": "pt"})
+    index = copied / "model.safetensors.index.json"
+    fields = json.loads(index.read_text())
+    fields["weight_map"]["model.extra"] = "extra.safetensors"
+    index.write_text(json.dumps(fields))
+    refuses(copied, r"absent \[\], not in the plan \['extra.safetensors'\]; copy the folder again")
+
+
+def test_a_shard_of_another_model_is_refused(copied, moe):
+    shard = first_shard(copied)
+    shutil.copyfile(first_shard(moe), shard)
+    refuses(copied, rf"{shard.name} is damaged or was edited")
+
+
+def test_another_format_version_is_refused(copied):
+    edit_config(copied, lambda config: config["quantization_config"].update(format_version=2))
+    refuses(copied, "has mxq format version 2, this mxq reads 1; install the mxq that wrote it")
+
+
+def test_a_plan_that_names_an_absent_linear_is_refused(copied):
+    def rename(config):
+        linears = config["quantization_config"]["linears"]
+        linears["model.layers.9.mlp.up_proj"] = linears.pop("model.layers.1.mlp.up_proj")
+
+    edit_config(copied, rename)
+    refuses(copied, r"plan names a linear 'model.layers.9.mlp.up_proj', absent in this model")
+
+
+def test_a_plan_that_names_absent_experts_is_refused(copied):
+    def invent(config):
+        config["quantization_config"]["experts"]["model.layers.0.mlp.experts"] = {"up_proj": [0]}
+
+    edit_config(copied, invent)
+    refuses(copied, r"plan names experts 'model.layers.0.mlp.experts', absent in this model")
+
+
+def test_a_plan_that_forgets_a_linear_is_refused(copied):
+    edit_config(
+        copied,
+        lambda config: config["quantization_config"]["linears"].pop("model.layers.1.mlp.up_proj"),
+    )
+    refuses(copied, r"model.layers.1.mlp.up_proj")
