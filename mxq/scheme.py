@@ -51,13 +51,6 @@ class Scheme:
         elif (self.w_bits, self.a_bits, self.group_size, self.symmetric) != _FLOATS[self.kind]:
             raise ValueError(f"{self.kind} has no options; write Scheme.parse({self.kind!r})")
 
-    def __lt__(self, other: "Scheme") -> bool:
-        """Order of listings: by bits, then by group size, a whole row as the largest group."""
-        pair = [
-            (s.w_bits, s.a_bits, s.group_size or 2**31, s.symmetric, s.kind) for s in (self, other)
-        ]
-        return pair[0] < pair[1]
-
     @classmethod
     def parse(cls, text: str) -> "Scheme":
         """Inverse of ``str(scheme)``.
