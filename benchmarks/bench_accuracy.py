@@ -112,10 +112,12 @@ def _plan(
         bits = _budget(table, size)
         plan = allocate(table, bits=bits, objective="mxmoe", r=1.0, tie_gate_up=True)
         return plan, gptq, seconds
-    table = _table(bench, tables, "fisher", default_schemes(widths), gptq)
+    offered = default_schemes(widths)
+    uniform_schemes = (Scheme.parse(entry.partition("=")[0]) for entry in SIZES)
+    table = _table(bench, tables, "fisher", tuple(sorted({*offered, *uniform_schemes})), gptq)
     seconds = time.perf_counter() - started
     if method == "mxq":
-        return allocate(table, bits=_budget(table, size)), gptq, seconds
+        return allocate(_only(table, offered), bits=_budget(table, size)), gptq, seconds
     rotated = table.rotated_layers
     if method == "gptq-rotated":
         rotated = tuple(sorted({block.layer for block in table.blocks}))
@@ -144,6 +146,17 @@ def _table(
             generator=torch.Generator().manual_seed(bench.seed),
         )
     return tables[metric]
+
+
+def _only(table: SensitivityTable, schemes: Sequence[Scheme]) -> SensitivityTable:
+    """The table with those schemes alone."""
+    places = [table.schemes.index(scheme) for scheme in schemes]
+    return replace(
+        table,
+        schemes=tuple(schemes),
+        loss=tuple(tuple(row[place] for place in places) for row in table.loss),
+        quantizer=tuple(tuple(row[place] for place in places) for row in table.quantizer),
+    )
 
 
 def _uniform(table: SensitivityTable, scheme: Scheme) -> Allocation:

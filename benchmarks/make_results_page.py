@@ -61,8 +61,8 @@ def accuracy_section(name: str, results: Mapping[str, Any]) -> list[str]:
         baseline = min(
             _mean(at_size, m, "kl") for m in ("gptq", "gptq-rotated") if _has(at_size, m)
         )
-        for method in _unique(row["method"] for row in at_size):
-            lines.append(_accuracy_line(size, method, at_size, baseline))
+        methods = _unique(row["method"] for row in at_size)
+        lines += [_accuracy_line(size, method, at_size, baseline) for method in methods]
     return [*lines, "", *domain_table(rows), "", *prediction_table(rows), ""]
 
 

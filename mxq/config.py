@@ -182,14 +182,12 @@ def parse_size(text: str) -> int:
 def default_schemes(widths: set[int]) -> tuple[Scheme, ...]:
     """Weight-only candidates from 2 to 8 bits for blocks with those numbers of input features.
 
-    The group is 128, with 64 beside it at 2 and 3 bits, or the largest that divides every width.
+    Groups of 128, or the largest that divides every width, and at 2 to 4 bits whole rows beside
+    them: a row's one scale saves bytes that buy more elsewhere.
     """
-    group = next((g for g in (128, 64, 32) if all(k % g == 0 for k in widths)), None)
-    size = "row" if group is None else str(group)
-    names = [f"w{bits}a16_g{size}_asym" for bits in (2, 3, 4, 5, 6, 8)]
-    if group == 128:
-        names += [f"w{bits}a16_g64_asym" for bits in (2, 3)]
-    return parse_schemes(names)
+    group = next((str(g) for g in (128, 64, 32) if all(k % g == 0 for k in widths)), "row")
+    names = [f"w{bits}a16_g{group}_asym" for bits in (2, 3, 4, 5, 6, 8)]
+    return parse_schemes([*names, *(f"w{bits}a16_grow_asym" for bits in (2, 3, 4))])
 
 
 def check_choice(name: str, value: str, menu: tuple[str, ...]) -> None:
