@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mxq.blocks import read_block
 from mxq.models.adapter import Capture, ModelAdapter
 from mxq.models.lockstep import LayerCall, hidden_of, run_in_lockstep
 from mxq.models.probes import SiteInputs, join_captures
+from mxq.numerics import check_finite
 
 OnSites = Callable[[int, dict[str, SiteInputs], list[LayerCall]], None]
 """``(layer, inputs of its sites, calls)``; the layer's weights are in memory meanwhile."""
@@ -58,11 +60,16 @@ def make_batches(
 def sweep_forward(
     adapter: ModelAdapter, batches: Batches, on_sites: OnSites, progress: OnProgress | None = None
 ) -> None:
-    """Visit the layers in order with the inputs of their sites; weights stay the original ones."""
+    """Visit the layers in order with the inputs of their sites; weights stay the original ones.
+
+    Raises:
+        ValueError: If a weight is NaN or infinite, with the name of its block or parameter.
+    """
     source = adapter.source
 
     def on_layer(layer: int, calls: list[LayerCall]) -> list[object]:
         source.load_layer(layer)
+        _check_weights(adapter, layer)
         captures: dict[str, list[Capture]] = {}
         with adapter.recording(layer, _collector(captures)), torch.no_grad():
             outputs = [call.run() for call in calls]
@@ -205,6 +212,14 @@ def _collector(captures: dict[str, list[Capture]]) -> Callable[[Capture], None]:
         captures.setdefault(capture.site, []).append(capture)
 
     return sink
+
+
+def _check_weights(adapter: ModelAdapter, layer: int) -> None:
+    """Raise ValueError for a value that is not finite, before it has spread to other layers."""
+    for block in adapter.blocks(layer):
+        check_finite(read_block(adapter.parameter(block), block), block.name)
+    for name, parameter in adapter.source.layers[layer].named_parameters():
+        check_finite(parameter, f"{adapter.source.layer_path(layer)}.{name}")
 
 
 def _tell(progress: OnProgress | None, what: str, done: int, total: int) -> None:
