@@ -101,6 +101,7 @@ def _drive(
         for batch, runner in enumerate(runners):
             runner.advance(runner.waiting_output)
             if last:
+                runner.check_ended()
                 if on_result is not None:
                     on_result(batch, runner.result)
                 runner.result = None
@@ -177,6 +178,10 @@ class _Runner(threading.Thread):
             found = "the end" if self.call is None else f"layer {self.call[0]}"
             raise RuntimeError(f"the model went to {found} where layer {index} was expected")
         return self.call[1]
+
+    def check_ended(self) -> None:
+        if self.call is not None:
+            raise RuntimeError(f"the model went to layer {self.call[0]} where the end was expected")
 
     def abandon(self) -> None:
         if self.is_alive():
