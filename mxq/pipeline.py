@@ -26,6 +26,7 @@ from mxq.config import (
     default_schemes,
 )
 from mxq.demo import model_path
+from mxq.heldout import MeasuredLoss, measure_loss
 from mxq.models.adapter import ModelAdapter
 from mxq.models.source import open_source
 from mxq.models.sweep import make_batches
@@ -36,9 +37,9 @@ from mxq.profiling.activation import (
     under_floor,
 )
 from mxq.profiling.draw import draw_calibration
-from mxq.profiling.loss import MeasuredLoss, measure_loss
 from mxq.profiling.measure import MeasureSettings, measure
 from mxq.profiling.sensitivity import SENSITIVITY, Sensitivity
+from mxq.progress import Report
 from mxq.publish import check_output, publish
 from mxq.quantizers import QUANTIZERS, Method, Quantizer
 from mxq.search.allocate import allocate, best_uniform, uniform
@@ -50,9 +51,6 @@ from mxq.workspace import (
     make_provenance,
     make_tokens,
 )
-
-Report = Callable[[str, str, int, int], None]
-"""``(stage, step, done, total)``: progress of a run."""
 
 Entry = TypeVar("Entry")
 
@@ -226,6 +224,9 @@ def run_profile(  # noqa: PLR0913  (what is recorded in the work folder, and the
     digest = adapter.source.digest()
     drawn = make_tokens(seen, heldout.input_ids)
     provenance = make_provenance(digest, drawn.digest, {"floor": calibration.expert_floor})
+    cached = work.cached("profile", ActivationStats, provenance)
+    if cached is not None:
+        return work.tokens(), cached
     domains = (*base.domains, *(["spare"] * len(spare)))
     sites, routing = profile_routing(adapter, make_batches(seen, None), domains, report_step)
     samples = range(len(base.input_ids))
@@ -267,6 +268,7 @@ def run_measure(
         "quantizer": settings.method.name,
         "rotation": settings.rotation,
         "scope": adapter.scope,
+        "keep": list(adapter.keep),
     }
     settings_digest = make_provenance(adapter.source.digest(), tokens.digest, recorded)
     if choices is None:

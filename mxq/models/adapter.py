@@ -74,6 +74,7 @@ class ModelAdapter:
         self, source: ModelSource, *, scope: str = "auto", keep: Sequence[str] = ()
     ) -> None:
         self.source = source
+        self.keep = tuple(keep)
         self._keep = [re.compile(pattern) for pattern in keep]
         experts = [name for name, m in source.model.named_modules() if is_fused_experts(m)]
         self.is_moe = any(name.startswith(source.layers_name + ".") for name in experts)
