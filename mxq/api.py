@@ -18,11 +18,11 @@ from mxq.config import (
 from mxq.pipeline import (
     Choices,
     QuantizeResult,
-    Report,
     pick,
     run_quantize,
 )
 from mxq.profiling.sensitivity import SENSITIVITY, Sensitivity
+from mxq.progress import Report
 from mxq.quantizers import QUANTIZERS, Quantizer, per_matrix
 from mxq.scheme import Scheme, parse_schemes
 

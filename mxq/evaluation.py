@@ -70,7 +70,7 @@ def score(
         other_BTV = logits_BTV
         if reference is not None and reference is not model:
             other_BTV = _logits(reference, ids_BT)
-        sums += _sums(logits_BTV, other_BTV, ids_BT)
+        sums += compare_logits(logits_BTV, other_BTV, ids_BT)
         tokens += ids_BT[:, 1:].numel()
     if not sums.isfinite().all():
         raise ValueError("the logits are not finite somewhere in the text; the model is broken")
@@ -85,8 +85,11 @@ def _logits(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
     return logits_BTV[:, :-1]
 
 
-def _sums(logits_BTV: Tensor, other_BTV: Tensor, ids_BT: Tensor) -> Tensor:
-    """Sums over positions: nll, the reference's nll, KL(reference || model), equal top tokens."""
+def compare_logits(logits_BTV: Tensor, other_BTV: Tensor, ids_BT: Tensor) -> Tensor:
+    """Sums over positions: nll, the reference's nll, KL(reference || model), equal top tokens.
+
+    Logits [B, T - 1, V] predict the tokens after the first of ``ids_BT``; float64 [4].
+    """
     if other_BTV.shape[-1] != logits_BTV.shape[-1]:
         raise ValueError(
             f"the reference gives {other_BTV.shape[-1]} logits per token, the model "

@@ -224,6 +224,7 @@ def run_profile(  # noqa: PLR0913  (what is recorded in the work folder, and the
     digest = adapter.source.digest()
     drawn = make_tokens(seen, heldout.input_ids)
     provenance = make_provenance(digest, drawn.digest, {"floor": calibration.expert_floor})
+    work.save("settings", RunSettings(model, calibration, measured, digest))
     cached = work.cached("profile", ActivationStats, provenance)
     if cached is not None:
         return work.tokens(), cached
@@ -247,7 +248,6 @@ def run_profile(  # noqa: PLR0913  (what is recorded in the work folder, and the
     tokens = make_tokens(seen[[*samples, *added]], heldout.input_ids)
     work.save_tokens(tokens)
     work.save("profile", profile)
-    work.save("settings", RunSettings(model, calibration, measured, digest))
     return tokens, profile
 
 

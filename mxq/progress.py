@@ -11,12 +11,14 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
 Report = Callable[[str, str, int, int], None]
+"""``(stage, step, done, total)``: progress of a run."""
 
 LINE_SECONDS = 20.0
 """Least time between two lines of one stage where the output is not a terminal."""
@@ -38,15 +40,13 @@ def progress_display() -> Iterator[Report]:
         TextColumn("{task.fields[memory]}"),
     )
     with Progress(*columns, console=console) as progress:
-        tasks: dict[str, int] = {}
+        tasks: dict[str, TaskID] = {}
 
         def report(stage: str, step: str, done: int, total: int) -> None:
             name = f"{stage}: {step}"
             if name not in tasks:
-                tasks[name] = int(progress.add_task(name, total=total, memory=""))
-            progress.update(
-                progress.task_ids[tasks[name]], completed=done, total=total, memory=peak_memory()
-            )
+                tasks[name] = progress.add_task(name, total=total, memory="")
+            progress.update(tasks[name], completed=done, total=total, memory=peak_memory())
 
         yield report
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mxq.artifacts import Allocation
 from mxq.config import OutputOptions
-from mxq.profiling.loss import MeasuredLoss
+from mxq.heldout import MeasuredLoss
 from mxq.storage import save_artifact
 
 

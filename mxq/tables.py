@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from mxq.artifacts import Allocation, BlockInfo, SensitivityTable
+from mxq.heldout import MeasuredLoss
 from mxq.pipeline import QuantizeResult
 from mxq.profiling.activation import ActivationStats
-from mxq.profiling.loss import MeasuredLoss
 from mxq.scheme import Scheme
 from mxq.storage import load_artifact
 from mxq.workspace import Workspace

@@ -46,9 +46,9 @@ def fisher(probe: Probe, z_hat_TN: Tensor, context: LayerContext) -> float:
     information of the block's output, so the value is in nats per token of the whole text and
     comparable over the network.
     """
-    assert probe.grad_TN is not None
     if probe.share == 0:
         return 0.0
+    assert probe.grad_TN is not None
     delta_TN = z_hat_TN.float() - probe.z_TN.float()
     slope_T = (delta_TN * probe.grad_TN.float()).sum(-1)
     return float(slope_T.double().square().sum()) / probe.share / (2 * context.all_tokens)

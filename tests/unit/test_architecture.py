@@ -41,14 +41,15 @@ LEVELS = {
     "evaluation": 3,
     "profiling": 3,
     "report": 3,
-    "publish": 4,
+    "heldout": 4,
+    "progress": 4,
+    "publish": 5,
     "workspace": 4,
-    "api": 6,
-    "pipeline": 5,
-    "progress": 5,
-    "tables": 6,
-    "cli": 7,
-    "__main__": 8,
+    "api": 7,
+    "pipeline": 6,
+    "tables": 7,
+    "cli": 8,
+    "__main__": 9,
 }
 
 FILE_LINES_LIMIT = 400

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from mxq.evaluation import compare_logits
 from mxq.models.adapter import ModelAdapter
 from mxq.models.lockstep import LayerCall, run_in_lockstep
 from mxq.models.sweep import OnProgress
@@ -71,14 +72,12 @@ def measure_loss(
         for name, model in models.items():
             with torch.no_grad():
                 logits = model(input_ids=heldout[batch], use_cache=False).logits
-            sums[name] += _compare(original, logits, heldout[batch])
+            sums[name] += compare_logits(logits[:, :-1], original[:, :-1], heldout[batch])
         if progress is not None:
             progress("checkpoints", batch + 1, len(heldout))
 
     run_in_lockstep(source.model, source.layers, heldout, on_layer, on_result)
-    return {
-        name: MeasuredLoss(counted, *(total / counted).tolist()) for name, total in sums.items()
-    }
+    return {name: _mean(total, counted) for name, total in sums.items()}
 
 
 def _load(folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -86,15 +85,6 @@ def _load(folder: Path, dtype: torch.dtype) -> nn.Module:
     return model.eval()
 
 
-def _compare(original_BSV: Tensor, logits_BSV: Tensor, ids_BS: Tensor) -> Tensor:
-    """Sums over positions that predict a token: nll of both, KL, agreement; float64 [4]."""
-    sums = torch.zeros(4, dtype=torch.float64)
-    for original, logits, ids in zip(original_BSV, logits_BSV, ids_BS, strict=True):
-        p = original[:-1].float().log_softmax(-1)
-        q = logits[:-1].float().log_softmax(-1)
-        labels = ids[1:, None]
-        kl = (p.exp() * (p - q)).sum(-1)
-        same = p.argmax(-1) == q.argmax(-1)
-        parts = (-p.gather(1, labels), -q.gather(1, labels), kl, same)
-        sums += torch.stack([part.double().sum() for part in parts])
-    return sums
+def _mean(sums: Tensor, tokens: int) -> MeasuredLoss:
+    nll, original_nll, kl, same = (sums / tokens).tolist()
+    return MeasuredLoss(tokens, original_nll, nll, kl, same)
