@@ -2,6 +2,9 @@
 
 from mxq.models.adapter import ModelAdapter
 
+HEADER_BYTES = 160
+"""At most, for one tensor in a file's header: its name, type, shape and offsets."""
+
 
 def block_budget(adapter: ModelAdapter, size_bytes: int) -> int:
     """Bits left for the quantized blocks of a checkpoint of that size.
@@ -27,5 +30,6 @@ def kept_bytes(adapter: ModelAdapter) -> int:
         for name in adapter.coverage.kept
         if source.is_stored(name)
     )
-    # Each block has up to four named tensors in a header (some 120 bytes each) and a stored shape.
-    return kept + len(adapter.blocks()) * (4 * 120 + 16)
+    # A block is up to four named tensors and a stored shape; every name is in a file's header.
+    names = 4 * len(adapter.blocks()) + len(adapter.coverage.kept)
+    return kept + names * HEADER_BYTES + len(adapter.blocks()) * 16
