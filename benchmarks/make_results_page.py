@@ -12,6 +12,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "results.md"
+README = ROOT / "README.md"
+README_RESULTS = "accuracy-qwen2moe-14m.json"
+README_START = "<!-- results: made by benchmarks/make_results_page.py -->"
+README_END = "<!-- /results -->"
 
 NAMES = {
     "rtn": "uniform, round to nearest with clip search",
@@ -38,6 +42,27 @@ def main() -> None:
         parts += solver_section(path.name, json.loads(path.read_text()))
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text("\n".join(parts).rstrip() + "\n")
+    write_readme_table()
+
+
+def write_readme_table() -> None:
+    """Replace the README's table by the mean KL of each method and budget."""
+    rows: list[Row] = json.loads((RESULTS / README_RESULTS).read_text())["rows"]
+    sizes, methods = (_unique(row[key] for row in rows) for key in ("size", "method"))
+    budgets = [
+        f"{statistics.mean(r['bits'] for r in rows if (r['size'], r['method']) == (s, 'mxq')):.2f}"
+        for s in sizes
+    ]
+    lines = [
+        f"| KL at bits per weight (budget) | {' | '.join(budgets)} |",
+        f"| --- |{' ---: |' * len(sizes)}",
+    ]
+    for method in methods:
+        cells = [_mean([r for r in rows if r["size"] == size], method, "kl") for size in sizes]
+        lines.append(f"| {NAMES[method]} | {' | '.join(f'{kl:.4f}' for kl in cells)} |")
+    text = README.read_text()
+    head, tail = text.index(README_START) + len(README_START), text.index(README_END)
+    README.write_text(text[:head] + "\n" + "\n".join(lines) + "\n" + text[tail:])
 
 
 def accuracy_section(name: str, results: Mapping[str, Any]) -> list[str]:

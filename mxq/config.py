@@ -187,7 +187,9 @@ def default_schemes(widths: set[int]) -> tuple[Scheme, ...]:
     """
     group = next((str(g) for g in (128, 64, 32) if all(k % g == 0 for k in widths)), "row")
     names = [f"w{bits}a16_g{group}_asym" for bits in (2, 3, 4, 5, 6, 8)]
-    return parse_schemes([*names, *(f"w{bits}a16_grow_asym" for bits in (2, 3, 4))])
+    if any(str(width) != group for width in widths):
+        names += [f"w{bits}a16_grow_asym" for bits in (2, 3, 4)]
+    return parse_schemes(names)
 
 
 def check_choice(name: str, value: str, menu: tuple[str, ...]) -> None:

@@ -42,7 +42,7 @@ from mxq.profiling.sensitivity import SENSITIVITY, Sensitivity
 from mxq.progress import Report
 from mxq.publish import check_output, publish
 from mxq.quantizers import QUANTIZERS, Method, Quantizer
-from mxq.search.allocate import allocate, best_uniform, uniform
+from mxq.search.allocate import allocate, best_uniform, next_uniform, uniform
 from mxq.search.cost import CostModel, load_device
 from mxq.workspace import (
     CalibrationTokens,
@@ -71,8 +71,8 @@ class QuantizeResult:
     """What a run wrote, and what it found.
 
     ``losses`` are measured on held-out text, by plan name; ``written`` names the plan whose
-    checkpoint is in ``folder``, ``uniform`` the uniform plan of the same size (None if none fits
-    or a plan was forced).
+    checkpoint is in ``folder``. ``above`` is the smallest uniform plan that the budget leaves
+    out, unpacked, for comparison.
     """
 
     folder: Path
@@ -81,6 +81,7 @@ class QuantizeResult:
     packs: Mapping[str, PackReport]
     losses: Mapping[str, MeasuredLoss]
     profile: ActivationStats
+    above: Allocation | None
     blocks: tuple[BlockInfo, ...]
     kept: Mapping[str, int]
     unit: str
@@ -189,6 +190,7 @@ def _pack_and_choose(
         packs=packs,
         losses=losses,
         profile=finish.profile,
+        above=next_uniform(finish.table, bits=plans["plan"].asked_bits),
         blocks=finish.table.blocks,
         kept=dict(Counter(finish.adapter.coverage.kept.values())),
         unit=finish.table.unit,

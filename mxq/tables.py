@@ -64,7 +64,7 @@ def bits_table(plan: Allocation, blocks: Sequence[BlockInfo]) -> Table:
     sums: dict[tuple[int, str], list[int]] = defaultdict(lambda: [0, 0])
     projections: list[str] = []
     for block in blocks:
-        label = block.projection if block.expert is not None else block.site.split(".", 2)[2]
+        label = _column_of(block)
         if label not in projections:
             projections.append(label)
         for key in ((block.layer, label), (block.layer, "all")):
@@ -99,10 +99,19 @@ def scheme_table(plan: Allocation, blocks: Sequence[BlockInfo]) -> Table:
 def comparison(result: QuantizeResult) -> Table:
     """Each packed plan: bits, bytes, predicted and measured loss."""
     table = Table(title=f"Held-out text, {_first(result.losses).tokens:,} tokens")
-    for column in ("", "bits asked", "bits", "MB", "predicted", "KL", "perplexity", "top-1 same"):
+    for column in ("", "bits asked", "bits", "MB", "predicted", "KL", "perplexity", "top-1"):
         table.add_column(column, justify="left" if column == "" else "right")
     original = _first(result.losses)
     table.add_row("original", "", "", "", "", "", f"{original.original_perplexity:.4f}", "")
+    if result.above is not None:
+        above = result.above
+        table.add_row(
+            f"{_plan_name('uniform', above)} +",
+            "",
+            f"{above.bits_per_weight:.3f}",
+            "",
+            f"{above.predicted_loss:.5g}",
+        )
     for name, plan in result.plans.items():
         loss = result.losses[name]
         table.add_row(
@@ -116,8 +125,8 @@ def comparison(result: QuantizeResult) -> Table:
             f"{loss.top1_agreement:.2%}",
         )
     table.caption = (
-        f"* written. MB: all tensors. Predicted in {result.unit}; "
-        "KL to the original in nats per token."
+        f"* written. + over the budget, not packed. MB: all tensors. Predicted in {result.unit}; "
+        "KL to the original in nats per token; top-1: same likeliest token."
     )
     return table
 
@@ -225,10 +234,17 @@ def _console() -> Console:
     return console if console.is_terminal else Console(width=max(console.width, NARROWEST))
 
 
+def _column_of(block: BlockInfo) -> str:
+    """Heading of a block's column: the projection, or a plain linear's path on several lines."""
+    if block.expert is not None:
+        return block.projection
+    return "\n".join(block.name.split(".")[2:])
+
+
 def _plan_name(name: str, plan: Allocation) -> str:
     if name == "plan":
         return "plan"
-    return f"uniform {next(iter(plan.schemes.values()))}"
+    return str(next(iter(plan.schemes.values())))
 
 
 def _latency(plan: Allocation) -> str:

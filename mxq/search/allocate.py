@@ -104,13 +104,22 @@ def uniform(
 
 def best_uniform(table: SensitivityTable, *, storage_bits: float) -> Allocation | None:
     """The uniform plan of least predicted loss within the limit; None if none fits."""
-    plans = [
+    fitting = [plan for plan in _uniform_plans(table) if plan.storage_bits <= storage_bits]
+    return min(fitting, key=lambda plan: plan.predicted_loss, default=None)
+
+
+def next_uniform(table: SensitivityTable, *, bits: float) -> Allocation | None:
+    """The smallest uniform plan of more than that many bits per weight; None if there is none."""
+    larger = [plan for plan in _uniform_plans(table) if plan.bits_per_weight > bits]
+    return min(larger, key=lambda plan: plan.storage_bits, default=None)
+
+
+def _uniform_plans(table: SensitivityTable) -> list[Allocation]:
+    return [
         uniform(table, scheme)
         for column, scheme in enumerate(table.schemes)
         if all(np.isfinite(row[column]) for row in table.loss)
     ]
-    fitting = [plan for plan in plans if plan.storage_bits <= storage_bits]
-    return min(fitting, key=lambda plan: plan.predicted_loss, default=None)
 
 
 def pareto(
