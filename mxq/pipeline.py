@@ -155,6 +155,12 @@ def pack_again(
             "run mxq measure again"
         )
     tokens, profile = work.tokens(), work.profile()
+    made_from = table.provenance.model_digest, table.provenance.calibration_digest
+    if made_from != (settings.model_digest, tokens.digest):
+        raise ValueError(
+            f"the plan in {work.folder} was measured on another model or other calibration text "
+            "than the folder holds now; run mxq measure and mxq allocate again"
+        )
     finish = _Finish(work, adapter, tokens, profile, table, settings.measure, output, choices)
     return _pack_and_choose(finish, {"plan": allocation}, report)
 
@@ -225,7 +231,8 @@ def run_profile(  # noqa: PLR0913  (what is recorded in the work folder, and the
     seen = torch.cat([base.input_ids, spare]) if len(spare) else base.input_ids
     digest = adapter.source.digest()
     drawn = make_tokens(seen, heldout.input_ids)
-    provenance = make_provenance(digest, drawn.digest, {"floor": calibration.expert_floor})
+    settings = {"floor": calibration.expert_floor, "scope": adapter.scope, "keep": adapter.keep}
+    provenance = make_provenance(digest, drawn.digest, settings)
     work.save("settings", RunSettings(model, calibration, measured, digest))
     cached = work.cached("profile", ActivationStats, provenance)
     if cached is not None:
