@@ -231,7 +231,8 @@ def run_profile(  # noqa: PLR0913  (what is recorded in the work folder, and the
     seen = torch.cat([base.input_ids, spare]) if len(spare) else base.input_ids
     digest = adapter.source.digest()
     drawn = make_tokens(seen, heldout.input_ids)
-    settings = {"floor": calibration.expert_floor, "scope": adapter.scope, "keep": adapter.keep}
+    keep = list(adapter.keep)
+    settings = {"floor": calibration.expert_floor, "scope": adapter.scope, "keep": keep}
     provenance = make_provenance(digest, drawn.digest, settings)
     work.save("settings", RunSettings(model, calibration, measured, digest))
     cached = work.cached("profile", ActivationStats, provenance)
