@@ -7,6 +7,7 @@ again, so a down projection is fitted to what its quantized gate and up projecti
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -100,10 +101,10 @@ def pack(
 
 def _quantize_layer(run: _Run, layer: int, calls: list[LayerCall]) -> Iterator[tuple[str, Tensor]]:
     """Tensors of all blocks of a layer; leaves the layer with its quantized weights."""
-    captures = _capture(run.adapter, layer, calls)
+    captures = _capture(run.adapter, layer, calls, run.adapter.layer_sites(layer))
     for place, group in enumerate(_groups_by_input(captures)):
         if place > 0:
-            captures = _capture(run.adapter, layer, calls)
+            captures = _capture(run.adapter, layer, calls, group)
         for site in group:
             inputs = join_captures(captures[site], (), run.fit_tokens)
             for candidate in _quantize_site(run, layer, inputs):
@@ -156,18 +157,38 @@ def _inputs_of(adapter: ModelAdapter, probe: Probe) -> BlockInputs:
     return BlockInputs(probe.block, w_NK, probe.x_TK, probe.gate_T, probe.fit_rows)
 
 
+class _AllSeen(BaseException):
+    """Ends a layer's forward once the wanted inputs are known; nothing after them is needed."""
+
+
 def _capture(
-    adapter: ModelAdapter, layer: int, calls: Sequence[LayerCall]
+    adapter: ModelAdapter, layer: int, calls: Sequence[LayerCall], wanted: Sequence[str]
 ) -> dict[str, list[Capture]]:
-    """What the sites of a layer see, as the layer is now."""
+    """The inputs of the wanted sites of a layer, as the layer is now, in order of computation.
+
+    Raises:
+        ValueError: If the layer runs without one of them.
+    """
     captures: dict[str, list[Capture]] = {}
+    missing: set[str] = set()
 
     def sink(capture: Capture) -> None:
-        captures.setdefault(capture.site, []).append(capture)
+        if capture.site in missing:
+            missing.discard(capture.site)
+            captures.setdefault(capture.site, []).append(capture)
+        if not missing:
+            raise _AllSeen
 
-    with adapter.recording(layer, sink):
+    with adapter.recording(layer, sink, inputs_only=True):
         for call in calls:
-            call.run()
+            missing |= set(wanted)
+            with suppress(_AllSeen):
+                call.run()
+            if missing:
+                raise ValueError(
+                    f"layer {layer} runs without {sorted(missing)[0]}, so nothing is known of its "
+                    "inputs; keep it in its type with --keep"
+                )
     return captures
 
 

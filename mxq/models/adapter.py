@@ -35,15 +35,16 @@ _ROUTER_PARTS = {"gate", "router", "shared_expert_gate"}
 
 @dataclass(frozen=True, slots=True)
 class Capture:
-    """What one call of one site saw. ``output`` is part of the graph where gradients are on.
+    """What one call of one site saw.
 
     For a linear, ``index_TR`` and ``weights_TR`` are None and every row of ``x_TK`` passes; for
-    experts they are the router's choice and R is its top-k.
+    experts they are the router's choice and R is its top-k. ``output`` is part of the graph where
+    gradients are on, and None where inputs alone are recorded, before the site computes.
     """
 
     site: str
     x_TK: Tensor
-    output: Tensor
+    output: Tensor | None = None
     index_TR: Tensor | None = None
     weights_TR: Tensor | None = None
 
@@ -98,6 +99,10 @@ class ModelAdapter:
         """The blocks of one site; a single one for a linear."""
         return tuple(block for block in self._blocks if self.site_of(block) == site)
 
+    def layer_sites(self, layer: int) -> tuple[str, ...]:
+        """The sites of a layer, sorted."""
+        return tuple(sorted({self.site_of(block) for block in self.blocks(layer)}))
+
     def site_of(self, block: LinearBlock) -> str:
         """The site that a block belongs to."""
         return block.name if block.expert is None else block.name.rsplit(".", 2)[0]
@@ -111,14 +116,18 @@ class ModelAdapter:
         return self.source.model.get_parameter(block.tensor)
 
     @contextmanager
-    def recording(self, layer: int, sink: Sink) -> Iterator[None]:
-        """Give every call of the layer's sites to ``sink`` while the context is open."""
+    def recording(self, layer: int, sink: Sink, *, inputs_only: bool = False) -> Iterator[None]:
+        """Give every call of the layer's sites to ``sink`` while the context is open.
+
+        With ``inputs_only`` the sink is called before a site computes, so it may end the forward.
+        """
         handles = []
-        sites = {self.site_of(block) for block in self.blocks(layer)}
-        for site in sorted(sites):
+        for site in self.layer_sites(layer):
             module = self.module(site)
             if is_fused_experts(module):
-                handles.append(_set(module, "mxq_sink", (site, sink)))
+                handles.append(_set(module, "mxq_sink", (site, sink, inputs_only)))
+            elif inputs_only:
+                handles.append(module.register_forward_pre_hook(_input_sink(site, sink)).remove)
             else:
                 handles.append(module.register_forward_hook(_linear_hook(site, sink)).remove)
         try:
@@ -268,10 +277,12 @@ def run_experts(
             experts, lambda p, x: dense(p, inputs.get((expert, p), identity)(x)), x_TH
         )
 
+    watched: tuple[str, Sink, bool] | None = getattr(module, "mxq_sink", None)
+    site, sink, inputs_only = watched or ("", None, False)
+    if sink is not None and inputs_only:
+        sink(Capture(site, hidden_TH, None, index_TR, weights_TR))
     total_TH = route(hidden_TH, index_TR, weights_TR, expert_count(module), output)
-    watched: tuple[str, Sink] | None = getattr(module, "mxq_sink", None)
-    if watched is not None:
-        site, sink = watched
+    if sink is not None and not inputs_only:
         sink(Capture(site, hidden_TH, total_TH, index_TR, weights_TR))
     return total_TH
 
@@ -284,6 +295,10 @@ def _linear_hook(site: str, sink: Sink) -> Callable[[nn.Module, Any, Tensor], No
         sink(Capture(site, args[0].flatten(0, -2), output))
 
     return hook
+
+
+def _input_sink(site: str, sink: Sink) -> Callable[[nn.Module, Any], None]:
+    return lambda module, args: sink(Capture(site, args[0].flatten(0, -2)))
 
 
 def _input_hook(scheme: Scheme, rotated: bool) -> Callable[[nn.Module, Any], tuple[Tensor, ...]]:

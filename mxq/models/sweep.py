@@ -182,10 +182,11 @@ def _backward_layer(
     """Run one layer with gradients; fills captures and gradients at site outputs."""
 
     def sink(capture: Capture) -> None:
+        assert capture.output is not None
         detached = Capture(
             capture.site,
             capture.x_TK.detach(),
-            capture.output.detach()[:0],
+            None,
             capture.index_TR,
             None if capture.weights_TR is None else capture.weights_TR.detach(),
         )

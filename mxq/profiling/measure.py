@@ -236,6 +236,11 @@ def _table(
     rates = _rates_per_token(adapter.blocks(), losses)
     rows, quantizers, infos = [], [], []
     for block in adapter.blocks():
+        if block.name not in losses.tokens:
+            raise ValueError(
+                f"the model runs without {block.name}, so nothing is known of its inputs; keep it "
+                "in its type with --keep"
+            )
         keys = [(block.name, scheme) for scheme in settings.schemes]
         tokens = losses.tokens[block.name]
         row = [losses.loss.get(key, math.inf) for key in keys]
