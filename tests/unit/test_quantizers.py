@@ -15,7 +15,7 @@ from mxq.quantizers.choose import (
     quantize_batch,
     rotate_batch,
 )
-from mxq.quantizers.gptq import COLUMN_BLOCK, DAMPING
+from mxq.quantizers.gptq import COLUMN_BLOCK
 from mxq.quantizers.moments import isotropic, rotate_moments, second_moments, shrink
 from mxq.scheme import Scheme
 
@@ -37,6 +37,14 @@ def correlated_inputs(tokens, k, seed=0):
 
 def moments_of(x_TK):
     return x_TK.T @ x_TK / len(x_TK)
+
+
+def slightly_indefinite():
+    """Eigenvalue -0.05 of a mean diagonal near 1: a damping of 0.01 is not enough, 0.1 is."""
+    hessian_KK = moments_of(correlated_inputs(200, 64))
+    values_K, vectors_KK = torch.linalg.eigh(hessian_KK / hessian_KK.diagonal().mean())
+    values_K[0] = -0.05
+    return vectors_KK @ torch.diag(values_K) @ vectors_KK.T
 
 
 def output_loss(q, w_NK, hessian_KK):
@@ -85,14 +93,14 @@ def slow_gptq(w_NK, scheme, hessian_KK):
     """Optimal brain surgeon, one column at a time, in float64.
 
     After a column is rounded, the rest moves by -error / [H^-1]_00 x [H^-1]_0:, where H is the
-    damped Hessian of the columns that are left, inverted anew each time: no Cholesky factor.
+    damped Hessian of the columns that are left, inverted anew each time: no Cholesky factor. The
+    damping is 1 % of the mean diagonal.
     """
     scale_NG, zero_NG = search_grid(w_NK, scheme, hessian_KK.diagonal())
     per_group = w_NK.shape[1] // scale_NG.shape[1]
     h, w = hessian_KK.double(), w_NK.double().clone()
     mean = h.diagonal().mean()
-    dead_K = h.diagonal() == 0
-    h = h + torch.diag(DAMPING * mean + dead_K * mean)
+    h = h + 0.01 * mean * torch.eye(len(h))
     left = sorted(range(w.shape[1]), key=lambda k: -float(hessian_KK[k, k]))
     codes_NK = torch.empty(w.shape, dtype=torch.uint8)
     while left:
@@ -163,8 +171,8 @@ def test_more_bits_lose_less(quantizer):
 def test_a_batch_equals_its_matrices_one_by_one(quantizer):
     w_BNK = random(3, 8, 64)
     hessian_BKK = torch.stack([moments_of(correlated_inputs(200, 64, seed)) for seed in range(3)])
-    # One member has its own trouble: a Hessian of rank 2 beside regular ones.
-    hessian_BKK[1] = moments_of(random(2, 64))
+    # One member needs more damping than the others, and gets it alone.
+    hessian_BKK[1] = slightly_indefinite()
     batch = quantizer(w_BNK, GROUP3, hessian_BKK)
     for index in range(3):
         single = quantizer(w_BNK[index], GROUP3, hessian_BKK[index])
@@ -207,14 +215,8 @@ def test_a_hessian_of_zeros_is_rounding_to_nearest():
 
 
 def test_damping_is_raised_for_a_hessian_that_is_slightly_indefinite():
-    # Eigenvalue -0.05 of a mean diagonal near 1: a damping of 0.01 is not enough, 0.1 is.
-    hessian_KK = moments_of(correlated_inputs(200, 64))
-    hessian_KK /= hessian_KK.diagonal().mean()
-    values_K, vectors_KK = torch.linalg.eigh(hessian_KK)
-    values_K[0] = -0.05
-    hessian_KK = vectors_KK @ torch.diag(values_K) @ vectors_KK.T
     w_NK = random(8, 64)
-    q = quantize_gptq(w_NK, GROUP3, hessian_KK)
+    q = quantize_gptq(w_NK, GROUP3, slightly_indefinite())
     assert (dequantize(q) - w_NK).norm() < w_NK.norm()
 
 

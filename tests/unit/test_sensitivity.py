@@ -322,6 +322,20 @@ def test_an_expert_that_no_token_reached_is_priced_as_half_a_mean_token(folder, 
             assert found[names[NEVER]][place] == pytest.approx(UNROUTED_TOKENS * lost / seen)
 
 
+def test_a_limit_on_tokens_is_no_limit_for_layer_out(folder, monkeypatch):
+    whole = run(folder, "layer_out")
+    monkeypatch.setattr("mxq.profiling.measure.TOKENS_PER_BLOCK", 4)
+    assert run(folder, "layer_out").loss == whole.loss
+
+
+def test_a_limit_on_tokens_leaves_their_count_alone(folder, monkeypatch):
+    whole = run(folder, "fisher")
+    monkeypatch.setattr("mxq.profiling.measure.TOKENS_PER_BLOCK", 4)
+    limited = run(folder, "fisher")
+    assert limited.blocks == whole.blocks
+    assert limited.loss != whole.loss
+
+
 def test_tokens_of_the_blocks_are_counted(folder):
     tokens = {block.name: block.tokens for block in run(folder, "output_mse").blocks}
     for layer in (0, 1):
