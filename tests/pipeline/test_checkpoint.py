@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from tiny import logits_of, save_tiny, token_ids
 from transformers import AutoModelForCausalLM
 
+from mxq.quantizers import quantize_rtn
+
 
 @pytest.fixture(scope="module")
 def moe(tmp_path_factory):
@@ -90,6 +92,39 @@ def test_save_pretrained_of_a_loaded_model_refuses(moe, tmp_path):
     with pytest.raises(ValueError, match=r"mxq and is not serializable"):
         load(moe).save_pretrained(tmp_path / "again")
     assert not (tmp_path / "again" / "config.json").exists()
+
+
+# What it was fitted to
+
+
+def test_each_block_is_fitted_to_the_inputs_that_the_packed_model_gives_it(tmp_path):
+    source = save_tiny(tmp_path / "source", "llama")
+    fit = token_ids(4, 16, seed=2)
+    seen = {}
+
+    def spy(w_BNK, scheme, hessian_BKK):
+        seen[w_BNK[0].flatten()[0].item()] = hessian_BKK[0]
+        return quantize_rtn(w_BNK, scheme, None)
+
+    folder = write_checkpoint(source, tmp_path / "packed", menu="w2a16_g32_asym", quantizer=spy)
+    inputs = {}
+    model = load(folder)
+    for name, module in model.named_modules():
+        if type(module).__name__ == "MxqLinear":
+            module.register_forward_pre_hook(
+                lambda module, args, name=name: inputs.update({name: args[0].flatten(0, 1)})
+            )
+    logits_of(model, fit)
+    original = load(source)
+    for name, x_TK in inputs.items():
+        tokens, k = x_TK.shape
+        own_KK = x_TK.T @ x_TK / tokens
+        # An eighth of a token for each input is the weight of the mean on the diagonal.
+        mean_KK = torch.eye(k) * own_KK.diagonal().mean()
+        expected = (tokens * own_KK + k / 8 * mean_KK) / (tokens + k / 8)
+        found = seen[original.get_submodule(name).weight.flatten()[0].item()]
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5), name
+    assert len(inputs) == len(seen) == 14
 
 
 # Without mxq

@@ -7,7 +7,7 @@ import torch
 from checkpoints import edit_config, plan_of, tensors_of, write_checkpoint
 from safetensors.torch import load_file, save_file
 from tiny import make_model, save_tiny
-from transformers import DistilBertConfig, DistilBertModel, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, DistilBertConfig, DistilBertModel, LlamaForCausalLM
 
 import mxq
 from mxq.models.adapter import ModelAdapter
@@ -130,6 +130,22 @@ def test_a_configuration_of_an_unknown_family_is_refused(source):
 
 def test_a_folder_that_does_not_exist_is_refused(tmp_path):
     cannot_open(tmp_path / "nowhere", r"nowhere is not a folder; give a model folder or a hub id")
+
+
+def test_a_tied_head_that_a_source_stores_too_is_not_written(tmp_path):
+    source = save_tiny(tmp_path / "tied", "qwen3", tokenizer=False)
+    path = source / "model.safetensors"
+    tensors = load_file(path)
+    assert "lm_head.weight" not in tensors
+    save_file(
+        {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()},
+        path,
+        {"format": "pt"},
+    )
+    folder = write_checkpoint(source, tmp_path / "packed")
+    assert "lm_head.weight" not in tensors_of(folder)[0]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(model.lm_head.weight, tensors["model.embed_tokens.weight"])
 
 
 # Coverage
