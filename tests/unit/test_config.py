@@ -63,6 +63,10 @@ def test_a_rotation_that_does_not_exist_is_shown_the_menu():
             {"bits": 4.0, "size_bytes": 10},
             "give one of --bits, --size or --plan; found --bits and --size",
         ),
+        (
+            {"bits": 4.0, "plan": "uniform:fp8"},
+            "give one of --bits, --size or --plan; found --bits and --plan",
+        ),
         ({"bits": 0.0}, "--bits 0 is not between 0 and 16 bits per weight"),
         ({"bits": 16.5}, "--bits 16.5 is not between 0 and 16 bits per weight"),
         ({"bits": float("nan")}, "--bits nan is not between 0 and 16 bits per weight"),
