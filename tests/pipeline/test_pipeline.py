@@ -43,7 +43,7 @@ FAST = {"calibration": IDS, "schemes": MENU, "rotation": "off"}
 def quantized(model, work, tmp_path):
     """``quantized(**budget)``: the result of a run that starts from the shared measurement."""
     return lambda **options: mxq.quantize(
-        model, output=tmp_path / "out", work=work, **{**FAST, **options}
+        model, output=tmp_path / "out", **{"work": work, **FAST, **options}
     )
 
 
@@ -230,8 +230,12 @@ def test_the_guard_writes_the_plan_that_measured_better(quantized, monkeypatch, 
     }
 
 
-def test_the_measured_loss_is_that_of_the_checkpoint_in_the_folder(quantized, model, work):
-    result = quantized(bits=4.6)
+@pytest.mark.parametrize("schemes", [MENU, "w4a8_g32_asym,w8a8_g32_sym"])
+def test_the_measured_loss_is_that_of_the_checkpoint_in_the_folder(
+    schemes, quantized, model, tmp_path
+):
+    work = tmp_path / "work"
+    result = quantized(bits=5, schemes=schemes, work=work)
     kept = result.losses[result.written]
     held = pipeline.Workspace(work).tokens().heldout_ids
     p, q = (
