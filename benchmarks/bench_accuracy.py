@@ -10,6 +10,7 @@ the quantized linears. Checkpoints are written, loaded, and decoded to dense bef
 
 import argparse
 import json
+import math
 import shutil
 import tempfile
 import time
@@ -112,12 +113,10 @@ def _plan(
         bits = _budget(table, size)
         plan = allocate(table, bits=bits, objective="mxmoe", r=1.0, tie_gate_up=True)
         return plan, gptq, seconds
-    offered = default_schemes(widths)
-    uniform_schemes = (Scheme.parse(entry.partition("=")[0]) for entry in SIZES)
-    table = _table(bench, tables, "fisher", tuple(sorted({*offered, *uniform_schemes})), gptq)
+    table = _table(bench, tables, "fisher", default_schemes(widths), gptq)
     seconds = time.perf_counter() - started
     if method == "mxq":
-        return allocate(_only(table, offered), bits=_budget(table, size)), gptq, seconds
+        return allocate(table, bits=_budget(table, size)), gptq, seconds
     rotated = table.rotated_layers
     if method == "gptq-rotated":
         rotated = tuple(sorted({block.layer for block in table.blocks}))
@@ -148,21 +147,22 @@ def _table(
     return tables[metric]
 
 
-def _only(table: SensitivityTable, schemes: Sequence[Scheme]) -> SensitivityTable:
-    """The table with those schemes alone."""
-    places = [table.schemes.index(scheme) for scheme in schemes]
-    return replace(
-        table,
-        schemes=tuple(schemes),
-        loss=tuple(tuple(row[place] for place in places) for row in table.loss),
-        quantizer=tuple(tuple(row[place] for place in places) for row in table.quantizer),
-    )
-
-
 def _uniform(table: SensitivityTable, scheme: Scheme) -> Allocation:
+    """The uniform plan; its loss is not predicted where the table lacks the scheme."""
     if scheme in table.schemes:
         return uniform(table, scheme)
-    raise ValueError(f"{scheme} is not among the measured schemes")
+    shapes = [(block.out_features, block.in_features) for block in table.blocks]
+    return Allocation(
+        schemes={block.name: scheme for block in table.blocks},
+        predicted_loss=math.nan,
+        bound=math.nan,
+        proven=False,
+        storage_bits=sum(scheme.storage_bits(*shape) for shape in shapes),
+        weights=sum(n * k for n, k in shapes),
+        asked_bits=0.0,
+        unit=table.unit,
+        description=f"uniform {scheme}",
+    )
 
 
 def _budget(table: SensitivityTable, size: str) -> float:
@@ -196,7 +196,7 @@ def _judge(
         "bits": plan.bits_per_weight,
         "storage_bits": plan.storage_bits,
         "tensor_bytes": packed.tensor_bytes,
-        "predicted": plan.predicted_loss,
+        "predicted": None if math.isnan(plan.predicted_loss) else plan.predicted_loss,
         "unit": plan.unit,
         "kl": mean("kl"),
         "excess_nats": mean("excess_nats"),

@@ -122,7 +122,7 @@ def prediction_table(rows: Sequence[Row]) -> list[str]:
     for size in _unique(row["size"] for row in rows):
         for method in ("gptq-rotated", "mxq"):
             found = [r for r in rows if (r["size"], r["method"]) == (size, method)]
-            if found:
+            if found and found[0]["predicted"] is not None:
                 predicted = statistics.mean(r["predicted"] for r in found)
                 measured = statistics.mean(r["kl"] for r in found)
                 lines.append(

@@ -47,7 +47,10 @@ class ModelOptions:
 
 @dataclass(frozen=True, slots=True)
 class CalibrationOptions:
-    """Text to observe the model on. ``spec`` None is the embedded set for the demo model only."""
+    """Text to observe the model on, and how much of it.
+
+    An expert under ``expert_floor`` tokens is topped up with spare samples.
+    """
 
     spec: str = "wikitext2"
     samples: int = 128
@@ -102,16 +105,13 @@ class AllocateOptions:
 
     def __post_init__(self) -> None:
         """Raise ValueError for choices that do not exist, contradict or are out of range."""
+        self._check_ranges()
         check_choice("granularity", self.granularity, GRANULARITIES)
         check_choice("objective", self.objective, OBJECTIVES)
         given = [name for name, v in self._budgets().items() if v is not None]
         if len(given) != 1:
             found = " and ".join(f"--{name}" for name in given) or "none of them"
             raise ValueError(f"give one of --bits, --size or --plan; found {found}")
-        if self.bits is not None and not 0 < self.bits <= 16:
-            raise ValueError(f"--bits {self.bits:g} is not between 0 and 16 bits per weight")
-        if not 0 <= self.r <= 1:
-            raise ValueError(f"--r {self.r:g} is not between 0 and 1")
         if self.max_latency_us is not None and (self.device is None or self.tokens is None):
             raise ValueError("--max-latency needs --device and --tokens: a latency is of both")
         if (
@@ -130,6 +130,24 @@ class AllocateOptions:
         if kind != "uniform" or not scheme:
             raise ValueError(f"--plan {self.plan!r} is not of the form uniform:SCHEME")
         return Scheme.parse(scheme)
+
+    def _check_ranges(self) -> None:
+        if self.bits is not None and not 0 < self.bits <= 16:
+            raise ValueError(f"--bits {self.bits:g} is not between 0 and 16 bits per weight")
+        if self.floor_bits is not None and not 0 <= self.floor_bits <= 16:
+            raise ValueError(f"--floor-bits {self.floor_bits:g} is not between 0 and 16 bits")
+        for name, number in self._counts().items():
+            if number is not None and number <= 0:
+                raise ValueError(f"--{name} is {number:g}; it must be above 0")
+        if not 0 <= self.r <= 1:
+            raise ValueError(f"--r {self.r:g} is not between 0 and 1")
+
+    def _counts(self) -> Mapping[str, float | None]:
+        return {
+            "size": self.size_bytes,
+            "tokens": self.tokens,
+            "max-latency": self.max_latency_us,
+        }
 
     def _budgets(self) -> Mapping[str, object]:
         return {"bits": self.bits, "size": self.size_bytes, "plan": self.plan}

@@ -98,7 +98,7 @@ def search_grid(
     h_NGC = _grouped_importance(importance_K, w_NGC)
     # The range includes 0, so the zero point is itself a code and fits in w_bits.
     low_NG, high_NG = w_NGC.amin(-1).clamp(max=0.0), w_NGC.amax(-1).clamp(min=0.0)
-    best = _Best.start(low_NG)
+    best = _Best.start(*_grid(low_NG, high_NG, scheme))
     for ratio in CLIP_RATIOS:
         scale_NG, zero_NG = _grid(low_NG * ratio, high_NG * ratio, scheme)
         best = best.better(*_try_grid(w_NGC, h_NGC, scale_NG, zero_NG, scheme), zero_NG)
@@ -171,8 +171,8 @@ class _Best:
     zero_NG: Tensor
 
     @classmethod
-    def start(cls, like_NG: Tensor) -> "_Best":
-        return cls(torch.full_like(like_NG, torch.inf), like_NG, like_NG)
+    def start(cls, scale_NG: Tensor, zero_NG: Tensor) -> "_Best":
+        return cls(torch.full_like(scale_NG, torch.inf), scale_NG, zero_NG)
 
     def better(self, loss_NG: Tensor, scale_NG: Tensor, zero_NG: Tensor) -> "_Best":
         won = loss_NG < self.loss_NG

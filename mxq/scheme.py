@@ -18,7 +18,7 @@ WEIGHT_BITS = (2, 3, 4, 5, 6, 8)
 ACTIVATION_BITS = (4, 8, 16)
 GROUP_SIZES = (32, 64, 128)
 
-_SPELLING = re.compile(r"w(\d+)a(\d+)_g(\d+|row)_(sym|asym)")
+_SPELLING = re.compile(r"w([1-9]\d*)a([1-9]\d*)_g([1-9]\d*|row)_(sym|asym)", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)

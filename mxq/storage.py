@@ -53,7 +53,12 @@ def load_artifact(path: Path, kind: type[Artifact]) -> Artifact:
         )
     if checksum != _checksum(content):
         raise ValueError(f"{path} was edited or damaged: its checksum differs; run its stage again")
-    decoded = _decode(kind, content)
+    try:
+        decoded = _decode(kind, content)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} lacks what this mxq needs ({error!r}); run its stage again"
+        ) from error
     assert isinstance(decoded, kind)
     return decoded
 

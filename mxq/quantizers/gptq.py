@@ -84,11 +84,9 @@ def _inverse_factor(hessian_BKK: Tensor) -> Tensor:
     mean_B = diagonal.mean(-1)
     mean_B = torch.where(mean_B > 0, mean_B, torch.ones_like(mean_B))
     eye = torch.eye(hessian_BKK.shape[-1], device=hessian_BKK.device)
-    # A dead input has a zero row and column: with 1 on the diagonal it is simply independent.
-    dead = torch.diag_embed((diagonal == 0).to(hessian_BKK.dtype) * mean_B[:, None])
     damping_B = torch.full_like(mean_B, DAMPING)
     for _ in range(6):
-        damped = hessian_BKK + dead + (damping_B * mean_B)[:, None, None] * eye
+        damped = hessian_BKK + (damping_B * mean_B)[:, None, None] * eye
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed.any():
             inverse = torch.cholesky_inverse(lower)
