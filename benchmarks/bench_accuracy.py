@@ -267,7 +267,8 @@ def _open(args: argparse.Namespace, seed: int) -> Bench:
     adapter = ModelAdapter(open_source(args.model))
     options = CalibrationOptions(args.calibration, args.samples, args.seqlen, seed)
     base, spare, heldout = draw_calibration(adapter, options)
-    batches = make_batches(torch.cat([base.input_ids, spare]), heldout.input_ids)
+    fit = base.input_ids if spare is None else torch.cat([base.input_ids, spare.input_ids])
+    batches = make_batches(fit, heldout.input_ids)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     evaluations = tuple(
         _evaluation(entry, tokenizer, args.window, args.windows) for entry in args.evaluate

@@ -42,7 +42,7 @@ from mxq.profiling.sensitivity import SENSITIVITY, Sensitivity
 from mxq.progress import Report
 from mxq.publish import check_output, publish
 from mxq.quantizers import QUANTIZERS, Method, Quantizer
-from mxq.search.allocate import allocate, best_uniform, next_uniform, uniform
+from mxq.search.allocate import allocate, best_uniform, check_solved_on, next_uniform, uniform
 from mxq.search.cost import CostModel, load_device
 from mxq.workspace import (
     CalibrationTokens,
@@ -161,6 +161,7 @@ def pack_again(
             f"the plan in {work.folder} was measured on another model or other calibration text "
             "than the folder holds now; run mxq measure and mxq allocate again"
         )
+    check_solved_on(allocation, table)
     finish = _Finish(work, adapter, tokens, profile, table, settings.measure, output, choices)
     return _pack_and_choose(finish, {"plan": allocation}, report)
 
@@ -228,23 +229,29 @@ def run_profile(  # noqa: PLR0913  (what is recorded in the work folder, and the
     """Stage 1: calibration tokens, topped up for cold experts, and the activation statistics."""
     report_step = _stage(report, "profile")
     base, spare, heldout = draw_calibration(adapter, calibration, data)
-    seen = torch.cat([base.input_ids, spare]) if len(spare) else base.input_ids
+    seen = base.input_ids if spare is None else torch.cat([base.input_ids, spare.input_ids])
+    domains = base.domains if spare is None else (*base.domains, *spare.domains)
     digest = adapter.source.digest()
     drawn = make_tokens(seen, heldout.input_ids)
     keep = list(adapter.keep)
-    settings = {"floor": calibration.expert_floor, "scope": adapter.scope, "keep": keep}
+    settings = {
+        "floor": calibration.expert_floor,
+        "scope": adapter.scope,
+        "keep": keep,
+        "domains": dict(Counter(domains)),
+    }
     provenance = make_provenance(digest, drawn.digest, settings)
     work.save("settings", RunSettings(model, calibration, measured, digest))
     cached = work.cached("profile", ActivationStats, provenance)
-    if cached is not None:
+    if cached is not None and work.tokens().digest == cached.tokens_digest:
         return work.tokens(), cached
-    domains = (*base.domains, *(["spare"] * len(spare)))
     sites, routing = profile_routing(adapter, make_batches(seen, None), domains, report_step)
     samples = range(len(base.input_ids))
     extra = range(len(base.input_ids), len(seen))
     added = choose_top_up(routing, samples, extra, calibration.expert_floor)
     before = under_floor(routing, samples, calibration.expert_floor)
     cold = under_floor(routing, (*samples, *added), calibration.expert_floor)
+    tokens = make_tokens(seen[[*samples, *added]], heldout.input_ids)
     profile = ActivationStats(
         domains=tuple(sorted(set(domains))),
         total_tokens=seen.numel(),
@@ -253,9 +260,9 @@ def run_profile(  # noqa: PLR0913  (what is recorded in the work folder, and the
         topped_up=tuple(name for name in before if name not in cold),
         cold=cold,
         added_samples=len(added),
+        tokens_digest=tokens.digest,
         provenance=provenance,
     )
-    tokens = make_tokens(seen[[*samples, *added]], heldout.input_ids)
     work.save_tokens(tokens)
     work.save("profile", profile)
     return tokens, profile
@@ -305,6 +312,11 @@ def measure_settings(
     Raises:
         ValueError: If a name is not on its menu.
     """
+    if choices is None and "own" in (options.quantizer, options.sensitivity):
+        raise ValueError(
+            "this work folder was measured with a quantizer or sensitivity of the caller's own, "
+            "which no file can hold; call mxq.quantize with it again"
+        )
     widths = {block.in_features for block in adapter.blocks()}
     own = choices or Choices(
         pick(QUANTIZERS, "quantizer", options.quantizer),

@@ -25,6 +25,8 @@ def pytest_configure(config):
     # would be too late. Subprocesses inherit them.
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["HF_DATASETS_OFFLINE"] = "1"
+    # Sums depend on the number of threads, so commands run as the tests themselves do.
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,8 +2,8 @@
 
 from mxq.models.adapter import ModelAdapter
 
-HEADER_BYTES = 160
-"""At most, for one tensor in a file's header: its name, type, shape and offsets."""
+HEADER_BYTES = 300
+"""At most, for one tensor: its entries in a file's header and in the index."""
 
 
 def block_budget(adapter: ModelAdapter, size_bytes: int) -> int:
@@ -22,7 +22,7 @@ def block_budget(adapter: ModelAdapter, size_bytes: int) -> int:
 
 
 def kept_bytes(adapter: ModelAdapter) -> int:
-    """Bytes of a checkpoint beside the blocks: kept tensors, shapes and file headers."""
+    """Bytes of a checkpoint beside the blocks: kept tensors, shapes, headers and the index."""
     source = adapter.source
     parameters = dict(source.model.named_parameters())
     kept = sum(

@@ -182,7 +182,20 @@ class ModelAdapter:
         name = f"{self.source.layer_path(layer)}.{path}.weight"
         if is_router(path) or any(pattern.search(name) for pattern in self._keep):
             return False
-        return self.scope == "all" or path.split(".")[0] in self._moe_children
+        return self.scope == "all" or self._is_feed_forward(layer, path)
+
+    def _is_feed_forward(self, layer: int, path: str) -> bool:
+        """Whether a linear is on the side of its layer where experts are in this model.
+
+        A layer of a single branch without experts (attention or state space alone) has no such
+        side, whatever the branch is called.
+        """
+        child = path.split(".")[0]
+        if child not in self._moe_children:
+            return False
+        inner = dict(self.source.layers[layer].named_modules())
+        branches = {name.split(".")[0] for name, module in inner.items() if _is_plain(module)}
+        return len(branches) > 1 or any(is_fused_experts(module) for module in inner.values())
 
     def _linear_block(self, layer: int, path: str, linear: nn.Linear) -> LinearBlock:
         name = f"layers.{layer}.{path}"

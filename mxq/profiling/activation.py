@@ -44,7 +44,8 @@ class ActivationStats:
     """The profile of a model: its domains, tokens in all, and each layer's experts.
 
     ``topped_up`` are experts that spare samples brought over the floor, ``cold`` those that stayed
-    under ``floor`` tokens, ``added_samples`` the spare samples taken.
+    under ``floor`` tokens, ``added_samples`` the spare samples taken and ``tokens_digest`` that of
+    the tokens that were chosen.
     """
 
     domains: tuple[str, ...]
@@ -54,6 +55,7 @@ class ActivationStats:
     topped_up: tuple[str, ...]
     cold: tuple[str, ...]
     added_samples: int
+    tokens_digest: str
     provenance: Provenance
 
 

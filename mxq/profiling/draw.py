@@ -18,7 +18,7 @@ from mxq.profiling.calibration import CalibrationSet, load_calibration
 
 def draw_calibration(
     adapter: ModelAdapter, options: CalibrationOptions, data: object | None = None
-) -> tuple[CalibrationSet, torch.Tensor, CalibrationSet]:
+) -> tuple[CalibrationSet, CalibrationSet | None, CalibrationSet]:
     """Samples to fit to, spare samples for cold experts, and samples held out.
 
     One held-out sample and two spare ones come with every eight, the spare ones only where the
@@ -37,9 +37,9 @@ def draw_calibration(
         held, spare = max(1, len(found.domains) // 9), 0
     rest, heldout = found.split(held)
     if spare == 0:
-        return rest, rest.input_ids[:0], heldout
+        return rest, None, heldout
     base, extra = rest.split(spare)
-    return base, extra.input_ids, heldout
+    return base, extra, heldout
 
 
 def _load(

@@ -125,7 +125,7 @@ def _loss(
     if not math.isfinite(loss):
         raise ValueError(
             f"{probe.block}: the sensitivity under {candidate.weight.scheme} is {loss}; "
-            "activations or gradients overflow, load the model in float32"
+            "its activations or gradients overflow; other calibration text may avoid that"
         )
     return loss
 

@@ -1,5 +1,6 @@
 """From a sensitivity table to an allocation: the questions that a user asks of the solver."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
@@ -112,6 +113,22 @@ def next_uniform(table: SensitivityTable, *, bits: float) -> Allocation | None:
     """The smallest uniform plan of more than that many bits per weight; None if there is none."""
     larger = [plan for plan in _uniform_plans(table) if plan.bits_per_weight > bits]
     return min(larger, key=lambda plan: plan.storage_bits, default=None)
+
+
+def check_solved_on(plan: Allocation, table: SensitivityTable) -> None:
+    """Raise ValueError unless the plan's predicted loss is what the table says of its choices."""
+    place = {scheme: column for column, scheme in enumerate(table.schemes)}
+    names = {block.name for block in table.blocks}
+    if set(plan.schemes) == names and set(plan.schemes.values()) <= set(place):
+        loss = sum(
+            row[place[plan.schemes[block.name]]]
+            for block, row in zip(table.blocks, table.loss, strict=True)
+        )
+        if math.isclose(loss, plan.predicted_loss, rel_tol=1e-6, abs_tol=1e-300):
+            return
+    raise ValueError(
+        "the plan was solved on another measurement than the folder holds now; run mxq allocate"
+    )
 
 
 def _uniform_plans(table: SensitivityTable) -> list[Allocation]:

@@ -74,8 +74,10 @@ def test_the_bits_of_the_plan_are_just_within_the_budget(quantized, bits):
 def test_the_size_of_the_checkpoint_is_just_within_the_size_asked_for(quantized):
     asked = 300_000
     result = quantized(size=asked, guard=False)
-    written = sum(path.stat().st_size for path in result.folder.glob("*.safetensors"))
-    assert 0.95 * asked < written <= asked
+    files = [*result.folder.glob("*.safetensors"), *result.folder.glob("*.index.json")]
+    written = sum(path.stat().st_size for path in files)
+    # Entries of headers and index are counted at 300 bytes; in a model this small they are a tenth.
+    assert 0.9 * asked < written <= asked
 
 
 def test_a_size_is_given_in_units_too(quantized):
