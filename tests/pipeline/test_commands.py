@@ -6,13 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import save_tiny
+from tiny import save_tiny, token_ids
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+import mxq
 from mxq import pipeline
 from mxq.artifacts import Allocation
 from mxq.cli import app
+from mxq.quantizers import quantize_rtn
 from mxq.scheme import Scheme
 from mxq.storage import load_artifact
 from mxq.workspace import Workspace
@@ -294,3 +296,25 @@ def test_commands_without_arguments_show_the_menu():
     done = run()
     for command in ("quantize", "profile", "measure", "allocate", "pack", "inspect"):
         assert command in done.output
+
+
+def test_pack_refuses_a_plan_that_is_older_than_the_measurement(work, model, text, tmp_path):
+    again = (*budget_free(model, text), "--schemes", "w8a16_g32_asym", "--work", work)
+    succeeds("measure", *again)
+    assert "run mxq allocate" in fails("pack", work, "--output", tmp_path / "out")
+    succeeds("allocate", work, "--plan", "uniform:w8a16_g32_asym")
+    succeeds("pack", work, "--output", tmp_path / "out")
+
+
+def test_pack_says_that_a_quantizer_of_the_callers_own_is_not_in_the_folder(model, tmp_path):
+    mxq.quantize(
+        model,
+        output=tmp_path / "first",
+        bits=4,
+        work=tmp_path / "work",
+        calibration=token_ids(9, 16),
+        schemes=MENU,
+        quantizer=lambda w, scheme, hessian: quantize_rtn(w, scheme),
+    )
+    message = fails("pack", tmp_path / "work", "--output", tmp_path / "out")
+    assert "of the caller's own" in message

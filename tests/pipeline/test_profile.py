@@ -224,3 +224,13 @@ def test_dense_models_have_no_experts_to_profile(tmp_path):
     assert stats.sites == ()
     assert stats.cold == ()
     assert len(tokens.fit_ids) == 8
+
+
+def test_a_profile_under_other_domain_names_is_not_reused(model, tmp_path):
+    def domains(name):
+        options = {"output": tmp_path / name, "bits": 4, "work": tmp_path / "work"}
+        ids = {name: token_ids(9, 16)}
+        return mxq.quantize(model, calibration=ids, schemes=MENU, **options).profile.domains
+
+    assert domains("alpha") == ("alpha",)
+    assert domains("beta") == ("beta",)

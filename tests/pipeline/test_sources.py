@@ -197,3 +197,10 @@ def test_import_of_mxq_does_not_change_how_other_models_load(source):
     assert mxq.__version__
     expected = LlamaForCausalLM.from_pretrained(source)
     assert torch.equal(expected.model.norm.weight, make_model("llama").model.norm.weight)
+
+
+def test_scope_experts_leaves_layers_that_are_attention_or_state_space_alone(mamba):
+    adapter = ModelAdapter(open_source(mamba), keep=["conv1d"])
+    assert {block.layer for block in adapter.blocks()} == {1}
+    everything = ModelAdapter(open_source(mamba), keep=["conv1d"], scope="all")
+    assert {block.layer for block in everything.blocks()} == {0, 1, 2}
