@@ -6,7 +6,7 @@ layer. Everything above this folder works with blocks and sites and knows no fam
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,13 +17,13 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from mxq.blocks import LinearBlock, write_block
 from mxq.models.experts import (
     Experts,
-    dense_linear,
     expert_count,
     expert_output,
     is_fused_experts,
     locate,
     projection_shapes,
     route,
+    working_linear,
 )
 from mxq.models.source import EXPERTS_FUNCTION, ModelSource
 from mxq.numerics import fake_quantize_input, rotate, unrotate
@@ -121,20 +121,17 @@ class ModelAdapter:
 
         With ``inputs_only`` the sink is called before a site computes, so it may end the forward.
         """
-        handles = []
-        for site in self.layer_sites(layer):
-            module = self.module(site)
-            if is_fused_experts(module):
-                handles.append(_set(module, "mxq_sink", (site, sink, inputs_only)))
-            elif inputs_only:
-                handles.append(module.register_forward_pre_hook(_input_sink(site, sink)).remove)
-            else:
-                handles.append(module.register_forward_hook(_linear_hook(site, sink)).remove)
-        try:
+        with ExitStack() as undo:
+            for site in self.layer_sites(layer):
+                module = self.module(site)
+                if is_fused_experts(module):
+                    undo.callback(_set(module, "mxq_sink", (site, sink, inputs_only)))
+                elif inputs_only:
+                    hook = module.register_forward_pre_hook(_input_sink(site, sink))
+                    undo.callback(hook.remove)
+                else:
+                    undo.callback(module.register_forward_hook(_linear_hook(site, sink)).remove)
             yield
-        finally:
-            for undo in handles:
-                undo()
 
     def install(self, block: str, w_NK: Tensor, scheme: Scheme, rotated: bool) -> None:
         """Put a dequantized weight (unrotated) into its loaded layer; round its inputs too.
@@ -216,6 +213,7 @@ class ModelAdapter:
         self, layer: int, path: str, label: str, module: nn.Module
     ) -> Iterator[LinearBlock]:
         site, full = f"layers.{layer}.{label}", f"{self.source.layer_path(layer)}.{path}"
+        # Experts stay or go together: their parameters are fused.
         if any(pattern.search(f"{full}.down_proj") for pattern in self._keep):
             return
         self.sites[site] = full
@@ -248,6 +246,8 @@ class ModelAdapter:
                 uncovered.append(f"{name} {tuple(parameter.shape)}")
             else:
                 kept[name] = reason
+        for pattern in self._keep:
+            self._check_kept(pattern, quantized, kept)
         if uncovered:
             listed = "\n  ".join(uncovered[:20])
             raise ValueError(
@@ -256,6 +256,19 @@ class ModelAdapter:
                 "\nKeep them in their type with --keep PATTERN (a regular expression of the name)"
             )
         return Coverage(tuple(sorted(quantized)), kept)
+
+    def _check_kept(
+        self, pattern: re.Pattern[str], quantized: set[str], kept: Mapping[str, str]
+    ) -> None:
+        """Raise ValueError if a pattern is not honoured, or is of nothing in this model."""
+        ignored = sorted(name for name in quantized if pattern.search(name))
+        if ignored:
+            raise ValueError(
+                f"--keep {pattern.pattern!r} names {ignored[0]}, a part of fused experts; keep all "
+                "experts of a layer with a pattern that also names their down_proj"
+            )
+        if not any(pattern.search(name) for name in kept):
+            raise ValueError(f"--keep {pattern.pattern!r} matches no parameter of this model")
 
     def _reason_to_keep(self, name: str, parameter: Tensor, is_linear: bool) -> str | None:
         inside = name.startswith(self.source.layers_name + ".")
@@ -280,15 +293,9 @@ def run_experts(
 ) -> Tensor:
     """The experts function that mxq registers with transformers: plain, recordable."""
     experts = cast(Experts, module)
-    inputs: Mapping[tuple[int, str], Callable[[Tensor], Tensor]]
-    inputs = getattr(module, "mxq_inputs", None) or {}
 
     def output(expert: int, x_TH: Tensor) -> Tensor:
-        dense = dense_linear(module, expert)
-        identity = _identity
-        return expert_output(
-            experts, lambda p, x: dense(p, inputs.get((expert, p), identity)(x)), x_TH
-        )
+        return expert_output(experts, working_linear(module, expert), x_TH)
 
     watched: tuple[str, Sink, bool] | None = getattr(module, "mxq_sink", None)
     site, sink, inputs_only = watched or ("", None, False)
@@ -323,10 +330,6 @@ def _input_rounding(scheme: Scheme, rotated: bool) -> Callable[[Tensor], Tensor]
     if not rotated:
         return lambda x: fake_quantize_input(x, scheme)
     return lambda x: unrotate(fake_quantize_input(rotate(x), scheme))
-
-
-def _identity(x: Tensor) -> Tensor:
-    return x
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -101,6 +101,17 @@ def dense_linear(module: nn.Module, expert: int) -> Linear:
     return linear
 
 
+def working_linear(module: nn.Module, expert: int) -> Linear:
+    """The projections of one expert as they work now: inputs rounded where that is installed."""
+    dense, inputs = dense_linear(module, expert), getattr(module, "mxq_inputs", {})
+
+    def linear(projection: str, x_TK: Tensor) -> Tensor:
+        round_input = inputs.get((expert, projection))
+        return dense(projection, x_TK if round_input is None else round_input(x_TK))
+
+    return linear
+
+
 def expert_inner(experts: Experts, linear: Linear, x_TH: Tensor) -> Tensor:
     """The input of the down projection, [T, I]: the activation of gate and up."""
     up_TI = linear("up", x_TH)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mxq.models.adapter import Capture
-from mxq.models.experts import Experts, dense_linear, expert_bias, expert_inner, routed_tokens
+from mxq.models.experts import Experts, expert_bias, expert_inner, routed_tokens, working_linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +126,7 @@ class _Trace:
     """One run of one expert on its tokens, with the outputs of its projections in the graph."""
 
     def __init__(self, module: nn.Module, expert: int, x_TH: Tensor, gate_T: Tensor) -> None:
-        self.experts, self.dense = cast(Experts, module), dense_linear(module, expert)
+        self.experts, self.dense = cast(Experts, module), working_linear(module, expert)
         self.x_TH, self.gate_T = x_TH, gate_T
         self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}

@@ -17,6 +17,7 @@ from mxq.models.probes import Probe, SiteInputs, expert_probes, linear_probe
 from mxq.models.sweep import Batches, OnProgress, sweep_backward, sweep_forward
 from mxq.profiling.sensitivity import LayerContext, Sensitivity
 from mxq.quantizers.choose import (
+    MIN_HELDOUT_ROWS,
     BlockBatch,
     BlockInputs,
     Candidate,
@@ -107,21 +108,75 @@ def _measure_batch(
         if not scheme.fits(in_features):
             continue
         candidates = quantize_batch(batch, scheme, settings.method)
-        for probe, candidate in zip(probes, candidates, strict=True):
-            key = (candidate.block, scheme)
-            losses.loss[key] = _loss(probe, candidate, context, settings.sensitivity)
-            losses.quantizer[key] = candidate.quantizer
+        found = _losses_of(probes, candidates, context, settings.sensitivity)
+        for probe, candidate, loss in zip(probes, candidates, found, strict=True):
+            losses.loss[candidate.block, scheme] = loss
+            losses.quantizer[candidate.block, scheme] = candidate.quantizer
             losses.tokens[candidate.block] = probe.tokens
 
 
+def _losses_of(
+    probes: Sequence[Probe],
+    candidates: Sequence[Candidate],
+    context: LayerContext,
+    sensitivity: Sensitivity,
+) -> list[float]:
+    """The loss of each block, raised by how much worse its quantizer is on held-out tokens.
+
+    A block with too few of those takes the largest factor of its batch: it has the fewest tokens.
+    """
+    outputs = [_output(*pair) for pair in zip(probes, candidates, strict=True)]
+    losses = [
+        _loss(probe, z_hat_TN, candidate, context, sensitivity)
+        for probe, z_hat_TN, candidate in zip(probes, outputs, candidates, strict=True)
+    ]
+    if not sensitivity.corrects_fit:
+        return losses
+    factors = [_fit_factor(*pair) for pair in zip(probes, outputs, strict=True)]
+    largest = max((factor for factor in factors if factor is not None), default=1.0)
+    return [
+        loss * (largest if factor is None else factor)
+        for loss, factor in zip(losses, factors, strict=True)
+    ]
+
+
+def _fit_factor(probe: Probe, z_hat_TN: Tensor) -> float | None:
+    """True over apparent squared error of a block whose quantizer was fitted to most of its rows.
+
+    Errors are relative to the output's energy, so that a few large tokens do not decide. None
+    where too few rows are held out to tell.
+    """
+    fit, rows = probe.fit_rows, len(probe.x_TK)
+    if rows - fit < MIN_HELDOUT_ROWS or fit == 0:
+        return None
+    gate_T = probe.gate_T.double().square()
+    error_T = (z_hat_TN - probe.z_TN).double().square().sum(-1) * gate_T
+    energy_T = probe.z_TN.double().square().sum(-1) * gate_T
+    seen, unseen = (
+        float(error_T[part].sum() / energy_T[part].sum().clamp(min=1e-300))
+        for part in (slice(0, fit), slice(fit, rows))
+    )
+    ratio = max(1.0, unseen / seen) if seen > 0 else 1.0
+    return (fit * ratio + rows - fit) / rows
+
+
+def _output(probe: Probe, candidate: Candidate) -> Tensor:
+    """The block's output under a candidate, bias included."""
+    if len(probe.x_TK) == 0:
+        return probe.z_TN
+    z_hat_TN = candidate.output(probe.x_TK)
+    z_hat_TN = z_hat_TN if probe.bias_N is None else z_hat_TN + probe.bias_N
+    return z_hat_TN.to(probe.z_TN.dtype)
+
+
 def _loss(
-    probe: Probe, candidate: Candidate, context: LayerContext, sensitivity: Sensitivity
+    probe: Probe,
+    z_hat_TN: Tensor,
+    candidate: Candidate,
+    context: LayerContext,
+    sensitivity: Sensitivity,
 ) -> float:
-    z_hat_TN = probe.z_TN
-    if len(probe.x_TK) > 0:
-        z_hat_TN = candidate.output(probe.x_TK)
-        z_hat_TN = z_hat_TN if probe.bias_N is None else z_hat_TN + probe.bias_N
-    loss = sensitivity.metric(probe, z_hat_TN.to(probe.z_TN.dtype), context)
+    loss = sensitivity.metric(probe, z_hat_TN, context)
     if not math.isfinite(loss):
         raise ValueError(
             f"{probe.block}: the sensitivity under {candidate.weight.scheme} is {loss}; "
@@ -150,9 +205,8 @@ def _should_rotate(
             cheapest = min(fitting, key=lambda scheme: scheme.storage_bits(n, k))
             for version in (batch, rotate_batch(batch)):
                 candidates = quantize_batch(version, cheapest, settings.method)
-                for probe, candidate in zip(probes, candidates, strict=True):
-                    loss = _loss(probe, candidate, context, settings.sensitivity)
-                    totals[version.rotated] += loss
+                found = _losses_of(probes, candidates, context, settings.sensitivity)
+                totals[version.rotated] += sum(found)
     return totals[True] < totals[False]
 
 

@@ -31,12 +31,17 @@ Metric = Callable[[Probe, Tensor, LayerContext], float]
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
-    """A metric, its unit, and whether it needs gradients or every token of a block."""
+    """A metric, its unit, and whether it needs gradients or every token of a block.
+
+    ``corrects_fit`` says that the metric is a sum of squares over tokens, of which most were
+    fitted to, and is to be raised by what the quantizer does worse on tokens held out.
+    """
 
     metric: Metric
     unit: str
     needs_gradients: bool = False
     needs_all_tokens: bool = False
+    corrects_fit: bool = True
 
 
 def fisher(probe: Probe, z_hat_TN: Tensor, context: LayerContext) -> float:
@@ -85,6 +90,8 @@ def output_mse(probe: Probe, z_hat_TN: Tensor, context: LayerContext) -> float:
 
 SENSITIVITY: Mapping[str, Sensitivity] = {
     "fisher": Sensitivity(fisher, "nats per token", needs_gradients=True),
-    "layer_out": Sensitivity(layer_out, "norm of the layer output", needs_all_tokens=True),
+    "layer_out": Sensitivity(
+        layer_out, "norm of the layer output", needs_all_tokens=True, corrects_fit=False
+    ),
     "output_mse": Sensitivity(output_mse, "relative squared output error"),
 }

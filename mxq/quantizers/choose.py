@@ -148,20 +148,17 @@ def quantize_batch(batch: BlockBatch, scheme: Scheme, method: Method) -> tuple[C
         options = [(method.name, chosen[index])]
         if simple is not chosen:
             options.append(("rtn", simple[index]))
-        judge = batch.judges[index]
-        errors = [_output_error(batch.w_BNK[index], q, judge, block) for _, q in options]
+        errors = [_output_error(batch, index, q) for _, q in options]
         best = min(range(len(options)), key=errors.__getitem__)
         picked.append(Candidate(block, options[best][1], options[best][0], batch.rotated))
     return tuple(picked)
 
 
-def _output_error(
-    w_NK: Tensor, q: QuantizedWeight, judge: tuple[Tensor, Tensor], block: str
-) -> float:
-    """Squared output error weighted as given; that of the weight itself without inputs."""
-    delta_NK = dequantize(q) - w_NK
-    check_finite(delta_NK, f"quantized {block} ({q.scheme})")
-    x_TK, weight_T = judge
+def _output_error(batch: BlockBatch, index: int, q: QuantizedWeight) -> float:
+    """Squared output error on the block's judges, or under its second moments without any."""
+    delta_NK = dequantize(q) - batch.w_BNK[index]
+    check_finite(delta_NK, f"quantized {batch.names[index]} ({q.scheme})")
+    x_TK, weight_T = batch.judges[index]
     if len(x_TK) == 0:
-        return float(delta_NK.square().sum())
+        return float(((delta_NK @ batch.hessian_BKK[index]) * delta_NK).sum())
     return float(((x_TK @ delta_NK.T).square().sum(-1) * weight_T).sum())

@@ -14,9 +14,9 @@ from mxq.models.probes import Probe
 from mxq.models.source import open_source
 from mxq.models.sweep import make_batches
 from mxq.numerics import dequantize
-from mxq.profiling.measure import UNROUTED_TOKENS, MeasureSettings, measure
+from mxq.profiling.measure import UNROUTED_TOKENS, MeasureSettings, _fit_factor, measure
 from mxq.profiling.sensitivity import SENSITIVITY, LayerContext, Sensitivity
-from mxq.quantizers import Method, quantize_rtn
+from mxq.quantizers import Method, quantize_gptq, quantize_rtn
 from mxq.scheme import Scheme, parse_schemes
 
 EPS = torch.finfo(torch.float32).eps
@@ -56,9 +56,17 @@ class Recorder:
 
 
 def run(
-    folder, metric, *, schemes=SCHEMES, rotation="off", batch_tokens=48, quantizer=quantize_rtn
+    folder,
+    metric,
+    *,
+    schemes=SCHEMES,
+    rotation="off",
+    batch_tokens=48,
+    quantizer=quantize_rtn,
+    corrects_fit=False,
 ):
     sensitivity = metric if isinstance(metric, Sensitivity) else SENSITIVITY[metric]
+    sensitivity = replace(sensitivity, corrects_fit=corrects_fit)
     method = Method("rtn", quantizer)
     return measure(
         ModelAdapter(open_source(folder)),
@@ -426,3 +434,40 @@ def test_the_table_says_what_it_is(folder):
     assert (table.metric, table.unit) == ("metric", "nats per token")
     assert table.calibration_tokens == TOKENS
     assert table.provenance == PROVENANCE
+
+
+# --- the correction for tokens that were fitted to ---------------------------------------------
+
+
+def overfitted(fit, heldout):
+    """A probe of one output whose quantizer is off by ``fit`` and ``heldout`` on equal tokens."""
+    z_TN = torch.ones(20, 1)
+    z_hat_TN = z_TN + torch.tensor([fit] * 12 + [heldout] * 8)[:, None]
+    probe = Probe("b", torch.ones(20, 1), z_TN, None, torch.ones(20), None, tokens=20, fit_rows=12)
+    return probe, z_hat_TN
+
+
+def test_a_loss_is_raised_by_what_its_quantizer_does_worse_on_heldout_tokens():
+    # Squared errors 1 and 9: the 12 fitted rows count ninefold, (12 * 9 + 8) / 20.
+    assert _fit_factor(*overfitted(1.0, 3.0)) == pytest.approx(5.8)
+
+
+def test_a_loss_is_not_lowered_where_heldout_tokens_do_better():
+    assert _fit_factor(*overfitted(3.0, 1.0)) == 1.0
+
+
+def test_too_few_heldout_tokens_give_no_factor():
+    probe, z_hat_TN = overfitted(1.0, 3.0)
+    assert _fit_factor(replace(probe, fit_rows=13), z_hat_TN) is None
+
+
+def test_gptq_on_few_tokens_is_priced_higher_than_it_looks_on_them(folder):
+    plain = run(folder, "fisher", quantizer=quantize_gptq)
+    corrected = run(folder, "fisher", quantizer=quantize_gptq, corrects_fit=True)
+    pairs = [
+        (raised, row)
+        for raised, row in zip(corrected.loss, plain.loss, strict=True)
+        if min(row) > 0
+    ]
+    assert all(a >= b for raised, row in pairs for a, b in zip(raised, row, strict=True))
+    assert sum(map(sum, corrected.loss)) > 1.05 * sum(map(sum, plain.loss))
