@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from mxq.choices import Choices, pick
 from mxq.config import (
     AllocateOptions,
     CalibrationOptions,
@@ -15,12 +16,7 @@ from mxq.config import (
     QuantizeOptions,
     parse_size,
 )
-from mxq.pipeline import (
-    Choices,
-    QuantizeResult,
-    pick,
-    run_quantize,
-)
+from mxq.pipeline import QuantizeResult, run_quantize
 from mxq.profiling.sensitivity import SENSITIVITY, Sensitivity
 from mxq.progress import Report
 from mxq.quantizers import QUANTIZERS, Quantizer, per_matrix
@@ -41,6 +37,8 @@ def quantize(  # noqa: PLR0913  (each option stands alone and has a default)
     samples: int = 128,
     seqlen: int = 512,
     seed: int = 0,
+    expert_floor: int = 64,
+    revision: str | None = None,
     scope: str = "auto",
     keep: Sequence[str] = (),
     sensitivity: str | Sensitivity = "fisher",
@@ -49,6 +47,9 @@ def quantize(  # noqa: PLR0913  (each option stands alone and has a default)
     granularity: str = "block",
     tie_gate_up: bool = False,
     floor_bits: float | None = None,
+    objective: str = "loss",
+    r: float = 0.75,
+    solver: str = "pulp",
     device: str | None = None,
     tokens: int | None = None,
     max_latency_us: float | None = None,
@@ -72,6 +73,8 @@ def quantize(  # noqa: PLR0913  (each option stands alone and has a default)
         samples: Calibration samples.
         seqlen: Tokens of each.
         seed: Seed of the choice of samples.
+        expert_floor: Tokens below which an expert is topped up with spare samples.
+        revision: Revision of a hub model.
         scope: "experts" (the feed-forward side), "all" linears, or "auto".
         keep: Regular expressions of parameters to leave as they are.
         sensitivity: A name in ``SENSITIVITY`` or a ``Sensitivity`` of your own.
@@ -81,6 +84,9 @@ def quantize(  # noqa: PLR0913  (each option stands alone and has a default)
         granularity: What shares a scheme: "block", "expert", "projection" or "layer".
         tie_gate_up: One scheme for the gate and up projections of an expert.
         floor_bits: Least mean bits of every layer.
+        objective: "loss" for the whole model, or "mxmoe" for ``L^r T^(1-r)`` layer by layer.
+        r: Exponent of the mxmoe objective.
+        solver: "pulp" or "lagrangian".
         device: Device of latencies, by name or JSON file.
         tokens: Tokens of one step, for latencies.
         max_latency_us: Most microseconds of all blocks for one step.
@@ -97,7 +103,7 @@ def quantize(  # noqa: PLR0913  (each option stands alone and has a default)
     """
     size_bytes = parse_size(size) if isinstance(size, str) else size
     options = QuantizeOptions(
-        model=ModelOptions(str(model), scope=scope, keep=tuple(keep)),
+        model=ModelOptions(str(model), revision, scope, tuple(keep)),
         allocate=AllocateOptions(
             bits=bits,
             size_bytes=size_bytes,
@@ -105,12 +111,17 @@ def quantize(  # noqa: PLR0913  (each option stands alone and has a default)
             granularity=granularity,
             tie_gate_up=tie_gate_up,
             floor_bits=floor_bits,
+            objective=objective,
+            r=r,
+            solver=solver,
             device=device,
             tokens=tokens,
             max_latency_us=max_latency_us,
         ),
         output=OutputOptions(Path(output), None if work is None else Path(work), overwrite, guard),
-        calibration=CalibrationOptions(_named(str(model), calibration), samples, seqlen, seed),
+        calibration=CalibrationOptions(
+            _named(str(model), calibration), samples, seqlen, seed, expert_floor
+        ),
         measure=MeasureOptions(
             _schemes(schemes),
             sensitivity if isinstance(sensitivity, str) else "own",

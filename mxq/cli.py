@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
+from transformers.utils import logging
 
 from mxq import pipeline, tables
 from mxq.config import (
@@ -34,7 +35,7 @@ Model = Annotated[str, typer.Argument(help="Hub id, model folder, or 'demo' (the
 Work = Annotated[Path, typer.Argument(help="Work folder of an earlier run.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
 Bits = Annotated[float | None, typer.Option(help="Stored bits per weight of the blocks.")]
-Size = Annotated[str | None, typer.Option(help="Size of the whole checkpoint, e.g. 5.2GiB.")]
+Size = Annotated[str | None, typer.Option(help="Size of all weight files, e.g. 5.2GiB.")]
 Plan = Annotated[str | None, typer.Option(help="Force a plan: uniform:SCHEME.")]
 Schemes = Annotated[
     str | None, typer.Option(help="Candidates, e.g. w2a16_g128_asym,w4a16_g64_sym.")
@@ -71,7 +72,7 @@ MaxLatency = Annotated[
 WorkOption = Annotated[
     Path | None, typer.Option("--work", help="Folder of the stages' results; default OUTPUT/work.")
 ]
-Overwrite = Annotated[bool, typer.Option(help="Replace what --output holds.")]
+Overwrite = Annotated[bool, typer.Option(help="Replace a checkpoint that --output holds.")]
 Guard = Annotated[
     bool, typer.Option(help="Pack the uniform plan too and write the better of the two.")
 ]
@@ -215,7 +216,7 @@ def allocate(
     tokens: Tokens = None,
     max_latency: MaxLatency = None,
 ) -> None:
-    """Solve the plan again from a work folder, in seconds; the model is not read."""
+    """Solve the plan again from a work folder, in seconds; no decoder layer is read."""
 
     def run() -> None:
         options = AllocateOptions(
@@ -266,6 +267,7 @@ def main() -> None:
 
 def _guarded(run: Callable[[], None]) -> None:
     """Run a command; a mistake of the user's ends it with one message and status 1."""
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of transformers
     try:
         run()
     except (ValueError, OSError, RuntimeError) as error:

@@ -86,8 +86,8 @@ class MeasureOptions:
 class AllocateOptions:
     """The budget and the rules of the plan. Exactly one of bits, size and plan is given.
 
-    ``bits`` counts every stored bit of the quantized blocks per weight; ``size_bytes`` is the
-    whole checkpoint; ``plan`` forces ``uniform:SCHEME``.
+    ``bits`` counts every stored bit of the quantized blocks per weight; ``size_bytes`` is that
+    of all weight files and their index; ``plan`` forces ``uniform:SCHEME``.
     """
 
     bits: float | None = None
@@ -112,6 +112,13 @@ class AllocateOptions:
         if len(given) != 1:
             found = " and ".join(f"--{name}" for name in given) or "none of them"
             raise ValueError(f"give one of --bits, --size or --plan; found {found}")
+        if self.bits is not None and (self.floor_bits or 0) > self.bits:
+            raise ValueError(
+                f"--floor-bits {self.floor_bits:g} is above --bits {self.bits:g}; lower the floor"
+            )
+        limited = self.max_latency_us is not None or self.floor_bits is not None
+        if self.plan is not None and limited:
+            raise ValueError("--plan forces the plan; leave out --max-latency and --floor-bits")
         if self.max_latency_us is not None and (self.device is None or self.tokens is None):
             raise ValueError("--max-latency needs --device and --tokens: a latency is of both")
         if (
@@ -120,6 +127,8 @@ class AllocateOptions:
             and (self.device is None or self.tokens is None)
         ):
             raise ValueError("--objective mxmoe with r < 1 needs --device and --tokens for T")
+        if (self.device is None) != (self.tokens is None):
+            raise ValueError("--device and --tokens go together: a latency is of both")
         self.forced_scheme()
 
     def forced_scheme(self) -> Scheme | None:

@@ -1,7 +1,7 @@
 """Measured loss: held-out text through the original and through finished checkpoints.
 
-The original is streamed, the checkpoints are loaded as a user loads them, so what is measured is
-what was written.
+The original is streamed, the checkpoints are loaded from their folders by ``from_pretrained``, so
+what is measured is what was written; both compute in the type of the source, float32.
 """
 
 import math
@@ -50,7 +50,11 @@ def measure_loss(
     folders: Mapping[str, Path],
     progress: OnProgress | None = None,
 ) -> dict[str, MeasuredLoss]:
-    """The loss of each checkpoint on held-out batches [batch, sequence]."""
+    """The loss of each checkpoint on held-out batches [batch, sequence].
+
+    Raises:
+        ValueError: If a checkpoint's logits are not finite.
+    """
     source = adapter.source
     models = {name: _load(path, source.dtype) for name, path in folders.items()}
     sums = {name: torch.zeros(4, dtype=torch.float64) for name in folders}
@@ -77,6 +81,9 @@ def measure_loss(
             progress("checkpoints", batch + 1, len(heldout))
 
     run_in_lockstep(source.model, source.layers, heldout, on_layer, on_result)
+    for name, total in sums.items():
+        if not total.isfinite().all():
+            raise ValueError(f"the logits of the {name} checkpoint are not finite on held-out text")
     return {name: _mean(total, counted) for name, total in sums.items()}
 
 

@@ -242,18 +242,21 @@ def _zero_as_float(q: QuantizedWeight) -> Tensor:
 @lru_cache(maxsize=16)
 def _hadamard(size: int) -> Tensor:
     """Symmetric orthonormal Hadamard matrix of a power-of-two size (Sylvester)."""
-    matrix = torch.ones(1, 1)
-    while matrix.shape[0] < size:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
-    return matrix.mul_(size**-0.5)
+    # A tensor made in inference mode could never meet autograd again.
+    with torch.inference_mode(False):
+        matrix = torch.ones(1, 1)
+        while matrix.shape[0] < size:
+            matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
+        return matrix.mul_(size**-0.5)
 
 
 @lru_cache(maxsize=64)
 def _signs(in_features: int) -> Tensor:
     """Fixed +-1 for each input; part of the checkpoint format, so written out, not drawn."""
     # Bits of a 32-bit multiplicative hash of the index: no library's generator is involved.
-    index = torch.arange(1, in_features + 1, dtype=torch.int64)
-    mixed = (index * 2654435761) & 0xFFFFFFFF
-    mixed = ((mixed ^ (mixed >> 15)) * 2246822519) & 0xFFFFFFFF
-    signs: Tensor = 1.0 - 2.0 * ((mixed >> 16) & 1).to(torch.float32)
-    return signs
+    with torch.inference_mode(False):
+        index = torch.arange(1, in_features + 1, dtype=torch.int64)
+        mixed = (index * 2654435761) & 0xFFFFFFFF
+        mixed = ((mixed ^ (mixed >> 15)) * 2246822519) & 0xFFFFFFFF
+        signs: Tensor = 1.0 - 2.0 * ((mixed >> 16) & 1).to(torch.float32)
+        return signs

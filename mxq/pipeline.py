@@ -8,14 +8,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-from transformers.utils import logging as transformers_logging
 
 from mxq.artifacts import Allocation, BlockInfo, SensitivityTable
 from mxq.checkpoint.pack import PackReport, pack
 from mxq.checkpoint.size import block_budget
+from mxq.choices import Choices, measure_settings
 from mxq.config import (
     AllocateOptions,
     CalibrationOptions,
@@ -23,7 +22,6 @@ from mxq.config import (
     ModelOptions,
     OutputOptions,
     QuantizeOptions,
-    default_schemes,
 )
 from mxq.demo import model_path
 from mxq.heldout import MeasuredLoss, measure_loss
@@ -37,11 +35,9 @@ from mxq.profiling.activation import (
     under_floor,
 )
 from mxq.profiling.draw import draw_calibration
-from mxq.profiling.measure import MeasureSettings, measure
-from mxq.profiling.sensitivity import SENSITIVITY, Sensitivity
+from mxq.profiling.measure import measure
 from mxq.progress import Report
-from mxq.publish import check_output, publish
-from mxq.quantizers import QUANTIZERS, Method, Quantizer
+from mxq.publish import check_apart, check_output, publish
 from mxq.search.allocate import allocate, best_uniform, check_solved_on, next_uniform, uniform
 from mxq.search.cost import CostModel, load_device
 from mxq.workspace import (
@@ -52,18 +48,8 @@ from mxq.workspace import (
     make_tokens,
 )
 
-Entry = TypeVar("Entry")
-
 CalibrationData = object
 """A spelling, texts, token ids, or anything else that ``load_calibration`` takes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Choices:
-    """What is chosen by name, resolved: a user's own callables stand in here."""
-
-    quantizer: Quantizer
-    sensitivity: Sensitivity
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +89,7 @@ def run_quantize(
     """
     check_output(options.output)
     adapter = open_adapter(options.model)
+    check_apart(options.output, adapter.source.folder)
     forced = options.allocate.forced_scheme()
     measured = options.measure if forced is None else replace(options.measure, schemes=(forced,))
     work = Workspace(options.output.work_folder)
@@ -154,12 +141,19 @@ def pack_again(
             f"{settings.model.model} is not the model that {work.folder} was measured on; "
             "run mxq measure again"
         )
+    check_apart(output, adapter.source.folder)
     tokens, profile = work.tokens(), work.profile()
     made_from = table.provenance.model_digest, table.provenance.calibration_digest
     if made_from != (settings.model_digest, tokens.digest):
         raise ValueError(
             f"the plan in {work.folder} was measured on another model or other calibration text "
             "than the folder holds now; run mxq measure and mxq allocate again"
+        )
+    if table.provenance.settings["quantizer"] != settings.measure.quantizer:
+        raise ValueError(
+            f"the plan in {work.folder} was measured with the quantizer "
+            f"{table.provenance.settings['quantizer']}, the folder is now set to "
+            f"{settings.measure.quantizer}; run mxq measure and mxq allocate again"
         )
     check_solved_on(allocation, table)
     finish = _Finish(work, adapter, tokens, profile, table, settings.measure, output, choices)
@@ -184,12 +178,16 @@ def _pack_and_choose(
     finish: _Finish, plans: Mapping[str, Allocation], report: Report | None
 ) -> QuantizeResult:
     """Pack every plan, measure each on held-out text, and publish the best."""
-    packs = {name: _pack(finish, plan, name, report) for name, plan in plans.items()}
-    folders = {name: packed.folder for name, packed in packs.items()}
-    heldout = finish.tokens.batches().heldout
-    losses = measure_loss(finish.adapter, heldout, folders, _stage(report, "measure loss"))
-    written = min(losses, key=lambda name: losses[name].kl)
-    publish(finish.output, folders, written, plans, losses)
+    folders = {name: finish.work.folder / f"packed-{name}" for name in plans}
+    try:
+        packs = {name: _pack(finish, plan, folders[name], report) for name, plan in plans.items()}
+        heldout = finish.tokens.batches().heldout
+        losses = measure_loss(finish.adapter, heldout, folders, _stage(report, "measure loss"))
+        written = min(losses, key=lambda name: losses[name].kl)
+        publish(finish.output, folders[written], written, plans, losses)
+    finally:
+        for folder in folders.values():
+            shutil.rmtree(folder, ignore_errors=True)
     return QuantizeResult(
         folder=finish.output.output,
         written=written,
@@ -206,7 +204,6 @@ def _pack_and_choose(
 
 def open_adapter(options: ModelOptions) -> ModelAdapter:
     """The model's blocks, without reading any decoder layer."""
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     source = open_source(model_location(options.model), revision=options.revision)
     return ModelAdapter(source, scope=options.scope, keep=options.keep)
 
@@ -243,7 +240,7 @@ def run_profile(  # noqa: PLR0913  (what is recorded in the work folder, and the
     provenance = make_provenance(digest, drawn.digest, settings)
     work.save("settings", RunSettings(model, calibration, measured, digest))
     cached = work.cached("profile", ActivationStats, provenance)
-    if cached is not None and work.tokens().digest == cached.tokens_digest:
+    if cached is not None and work.has_tokens(cached.tokens_digest):
         return work.tokens(), cached
     sites, routing = profile_routing(adapter, make_batches(seen, None), domains, report_step)
     samples = range(len(base.input_ids))
@@ -304,33 +301,6 @@ def run_measure(
     return table
 
 
-def measure_settings(
-    adapter: ModelAdapter, options: MeasureOptions, choices: Choices | None
-) -> MeasureSettings:
-    """Options with their names resolved.
-
-    Raises:
-        ValueError: If a name is not on its menu.
-    """
-    if choices is None and "own" in (options.quantizer, options.sensitivity):
-        raise ValueError(
-            "this work folder was measured with a quantizer or sensitivity of the caller's own, "
-            "which no file can hold; call mxq.quantize with it again"
-        )
-    widths = {block.in_features for block in adapter.blocks()}
-    own = choices or Choices(
-        pick(QUANTIZERS, "quantizer", options.quantizer),
-        pick(SENSITIVITY, "sensitivity", options.sensitivity),
-    )
-    return MeasureSettings(
-        schemes=options.schemes or default_schemes(widths),
-        sensitivity=own.sensitivity,
-        metric_name=options.sensitivity if choices is None else "own",
-        method=Method(options.quantizer if choices is None else "own", own.quantizer),
-        rotation=options.rotation,
-    )
-
-
 def plan(
     table: SensitivityTable, options: AllocateOptions, adapter: ModelAdapter | None = None
 ) -> dict[str, Allocation]:
@@ -360,14 +330,23 @@ def plan(
         objective=options.objective,
         r=options.r,
     )
+    if options.floor_bits is not None:
+        return {"plan": chosen}  # a uniform plan keeps the floor only by chance
     asked = limit if limit is not None else int((options.bits or 0) * chosen.weights)
-    beside = best_uniform(table, storage_bits=asked)
+    beside = best_uniform(
+        table,
+        storage_bits=asked,
+        cost_model=cost,
+        tokens=options.tokens,
+        max_latency_us=options.max_latency_us,
+    )
     return {"plan": chosen} if beside is None else {"plan": chosen, "uniform": beside}
 
 
-def _pack(finish: _Finish, allocation: Allocation, name: str, report: Report | None) -> PackReport:
-    """Stage 5: quantize on the chosen mix and write the checkpoint into the work folder."""
-    folder = finish.work.folder / f"packed-{name}"
+def _pack(
+    finish: _Finish, allocation: Allocation, folder: Path, report: Report | None
+) -> PackReport:
+    """Stage 5: quantize on the chosen mix and write the checkpoint into a fresh folder."""
     shutil.rmtree(folder, ignore_errors=True)
     settings = measure_settings(finish.adapter, finish.measured, finish.choices)
     return pack(
@@ -376,19 +355,8 @@ def _pack(finish: _Finish, allocation: Allocation, name: str, report: Report | N
         allocation,
         folder,
         method=settings.method,
-        progress=_stage(report, f"pack {name}"),
+        progress=_stage(report, f"pack {folder.name.removeprefix('packed-')}"),
     )
-
-
-def pick(menu: Mapping[str, Entry], what: str, name: str) -> Entry:
-    """The entry of that name.
-
-    Raises:
-        ValueError: With the menu, if there is none.
-    """
-    if name not in menu:
-        raise ValueError(f"{what} {name!r} is unknown; choose one of {', '.join(sorted(menu))}")
-    return menu[name]
 
 
 def _stage(report: Report | None, stage: str) -> Callable[[str, int, int], None]:

@@ -25,26 +25,36 @@ def check_output(options: OutputOptions) -> None:
             )
 
 
+def check_apart(options: OutputOptions, source: Path) -> None:
+    """Raise ValueError if the output folder is the model's own."""
+    if options.output.resolve() == source.resolve():
+        raise ValueError(f"--output is {source}, the model's own folder; give another")
+
+
 def publish(
     options: OutputOptions,
-    folders: Mapping[str, Path],
+    folder: Path,
     written: str,
     plans: Mapping[str, Allocation],
     losses: Mapping[str, MeasuredLoss],
 ) -> None:
-    """Move the chosen checkpoint into the output folder, config.json last."""
+    """Move the chosen checkpoint into the output folder, config.json last.
+
+    Weights and their index that the folder held before go; other files stay.
+    """
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "config.json").unlink(missing_ok=True)
-    for stale in options.output.glob("model-*.safetensors"):
-        stale.unlink()
-    chosen = sorted(folders[written].iterdir(), key=lambda path: path.name == "config.json")
+    for pattern in ("*.safetensors", "*.safetensors.index.json"):
+        for stale in options.output.glob(pattern):
+            stale.unlink()
+    chosen = sorted(folder.iterdir(), key=lambda path: path.name == "config.json")
     save_artifact(options.output / "mxq_plan.json", plans[written])
     facts = {name: _facts(plans[name], losses[name], name == written) for name in plans}
-    (options.output / "mxq_report.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (options.output / "mxq_report.json").write_text(
+        json.dumps(facts, indent=1, allow_nan=False) + "\n"
+    )
     for path in chosen:
         shutil.move(path, options.output / path.name)
-    for folder in folders.values():
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _facts(plan: Allocation, loss: MeasuredLoss, written: bool) -> dict[str, object]:

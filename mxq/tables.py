@@ -15,6 +15,9 @@ from mxq.scheme import Scheme
 from mxq.storage import load_artifact
 from mxq.workspace import Workspace
 
+FEW_TOKENS = 2000
+"""Held-out tokens below which the measured losses come with a warning."""
+
 NARROWEST = 100
 """Columns to assume where the output is not a terminal."""
 
@@ -25,6 +28,14 @@ def show_result(result: QuantizeResult) -> None:
     chosen = result.plans[result.written]
     show_allocation(chosen, result.blocks)
     console.print(comparison(result))
+    if chosen.predicted_latency_us is not None:
+        console.print(f"Latency of the blocks in one step: {_latency(chosen)}")
+    tokens = _first(result.losses).tokens
+    if tokens < FEW_TOKENS:
+        console.print(
+            f"[yellow]{tokens:,} held-out tokens are few: differences between the plans may be "
+            "chance. More --samples or a longer --seqlen help."
+        )
     for line in coverage_lines(result):
         console.print(line)
     if result.written == "uniform":
@@ -116,7 +127,7 @@ def comparison(result: QuantizeResult) -> Table:
         loss = result.losses[name]
         table.add_row(
             _plan_name(name, plan) + (" *" if name == result.written else ""),
-            f"{plan.asked_bits:.3f}",
+            f"{plan.asked_bits:.3f}" if name == "plan" else "",
             f"{plan.bits_per_weight:.3f}",
             f"{result.packs[name].tensor_bytes / 1e6:,.2f}",
             f"{plan.predicted_loss:.5g}",

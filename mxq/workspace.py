@@ -1,7 +1,7 @@
 """The work folder of a run: its settings, calibration tokens and the artifacts of its stages.
 
 A stage whose artifact is there and was made from the same model, calibration and settings is not
-run again; an artifact of other inputs is refused by name.
+run again; an artifact of other inputs is made anew, or refused by the stage that needs it.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -39,7 +40,7 @@ class RunSettings:
 
 @dataclass(frozen=True, slots=True)
 class CalibrationTokens:
-    """The final token ids: fitted to, and held out for every choice and the final measurement."""
+    """The final token ids: those fitted to, and those held out to choose by and to measure on."""
 
     fit_ids: Tensor
     heldout_ids: Tensor
@@ -88,7 +89,10 @@ class Workspace:
         """An earlier run's artifact if it was made from the same inputs, else None."""
         if not self.path(name).is_file():
             return None
-        artifact = load_artifact(self.path(name), kind)
+        try:
+            artifact = load_artifact(self.path(name), kind)
+        except ValueError:
+            return None  # damaged or of an older version: the stage that asks makes it anew
         made_from: Provenance = artifact.provenance  # type: ignore[attr-defined]
         same = _fingerprint(made_from) == _fingerprint(provenance)
         return artifact if same else None
@@ -101,6 +105,13 @@ class Workspace:
             self.folder / "calibration.safetensors",
             metadata={"digest": tokens.digest},
         )
+
+    def has_tokens(self, digest: str) -> bool:
+        """Whether the calibration tokens are there and are those of that digest."""
+        try:
+            return self.tokens().digest == digest
+        except (ValueError, SafetensorError):
+            return False
 
     def tokens(self) -> CalibrationTokens:
         """The calibration tokens.

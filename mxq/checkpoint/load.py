@@ -4,7 +4,6 @@
 packed modules, and loads the packed tensors as they are: nothing is decoded at load.
 """
 
-import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from mxq.checkpoint.format import QUANT_METHOD, CheckpointPlan
 from mxq.checkpoint.modules import MxqExperts, packed_linear
 from mxq.models.experts import is_fused_experts
+from mxq.models.source import file_digest
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -148,9 +148,3 @@ def check_tensors(model: nn.Module, paths: list[Path]) -> None:
                 f"{name} has shape {list(shape)}, its scheme needs {list(declared[name])}: "
                 "the plan in config.json was edited"
             )
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -82,13 +82,15 @@ def pack(
 
     def on_layer(layer: int, calls: list[LayerCall]) -> list[object]:
         source.load_layer(layer)
-        with torch.no_grad():
-            tensors = dict(_quantize_layer(run, layer, calls))
-            outputs = [call.run() for call in calls]
-        tensors |= _kept_tensors(run.adapter, source.layer_path(layer) + ".")
-        writer.add(f"layer-{layer:05d}", tensors)
-        adapter.uninstall(layer)
-        source.free_layer(layer)
+        try:
+            with torch.no_grad():
+                tensors = dict(_quantize_layer(run, layer, calls))
+                outputs = [call.run() for call in calls]
+            tensors |= _kept_tensors(run.adapter, source.layer_path(layer) + ".")
+            writer.add(f"layer-{layer:05d}", tensors)
+        finally:
+            adapter.uninstall(layer)
+            source.free_layer(layer)
         if progress is not None:
             progress("pack", layer + 1, len(source.layers))
         return outputs

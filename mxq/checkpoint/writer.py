@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mxq.checkpoint.format import GUARD, CheckpointPlan
-from mxq.checkpoint.load import file_digest
+from mxq.models.source import file_digest
 from mxq.scheme import Scheme
 
 _COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja")

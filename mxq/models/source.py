@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from copy import deepcopy
 from pathlib import Path
@@ -68,6 +69,7 @@ class ModelSource:
         self.files = checkpoint_files(folder)
         self.layers_name, self.layers = find_decoder_layers(model)
         self._mapping = get_model_conversion_mapping(model)
+        self._digest: str | None = None
         self._keys = self._index_keys()
         self._fill_what_no_file_holds()
         self._load(lambda target: not target.startswith(self.layers_name + "."))
@@ -97,25 +99,23 @@ class ModelSource:
 
     def stored_dtype(self, target: str) -> torch.dtype:
         """Type in which the files hold a parameter (that of its first part)."""
-        key = self._keys[target][0]
+        key = self._first_key[target]
         with _open_safetensors(self.folder / self.files[key]) as file:
             return _DTYPES[file.get_slice(key).get_dtype()]
 
     def is_stored(self, target: str) -> bool:
         """Whether a parameter comes from the files, rather than from a tie or a default."""
-        return target in self._filled
+        return target in self._first_key
 
     def digest(self) -> str:
-        """Digest of the configuration and of the weights.
-
-        Of each file the header, the size and 64 evenly spaced samples of 64 KiB are read, which
-        tells any two checkpoints apart that differ in more than a few isolated bytes.
-        """
-        total = hashlib.sha256((self.folder / "config.json").read_bytes())
-        for name in sorted(set(self.files.values())):
-            total.update(name.encode())
-            _sample_file(self.folder / name, total)
-        return total.hexdigest()
+        """SHA-256 of the configuration and of every weight file; computed once."""
+        if self._digest is None:
+            names = ("config.json", *sorted(set(self.files.values())))
+            with ThreadPoolExecutor() as pool:
+                digests = list(pool.map(file_digest, [self.folder / name for name in names]))
+            text = "".join(f"{n} {d}\n" for n, d in zip(names, digests, strict=True))
+            self._digest = hashlib.sha256(text.encode()).hexdigest()
+        return self._digest
 
     def _index_keys(self) -> Mapping[str, Sequence[str]]:
         """Keys of the files that make up each parameter of the module tree."""
@@ -123,7 +123,7 @@ class ModelSource:
         converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
         meta = self.model.state_dict()
         keys: dict[str, list[str]] = defaultdict(list)
-        self._filled: set[str] = set()
+        self._first_key: dict[str, str] = {}
         for key in sorted(self.files, key=dot_natural_key):
             target, pattern = rename_source_key(
                 key, renamings, converters, self.model.base_model_prefix, meta
@@ -132,13 +132,14 @@ class ModelSource:
                 target, pattern = key, None
             if target in meta:
                 keys[target].append(key)
-                self._filled |= {target, *_siblings(target, pattern, converters)}
-        return keys
+                for filled in (target, *_siblings(target, pattern, converters)):
+                    self._first_key.setdefault(filled, key)
+        return dict(keys)
 
     def _fill_what_no_file_holds(self) -> None:
         """Buffers and tied or absent parameters get their values as in ``from_pretrained``."""
         meta = self.model.state_dict()
-        missing = set(meta) - self._filled - set(self.model.all_tied_weights_keys or ())
+        missing = set(meta) - set(self._first_key) - set(self.model.all_tied_weights_keys or ())
         weights = [name for name in missing if meta[name].dim() >= 2]
         if weights:
             raise ValueError(
@@ -239,6 +240,11 @@ def checkpoint_files(folder: Path) -> dict[str, str]:
     Raises:
         ValueError: If there is none, the index is damaged, or a file is absent or truncated.
     """
+    # transformers takes the single file first where both are there.
+    single = folder / "model.safetensors"
+    if single.is_file():
+        with _open_safetensors(single) as file:
+            return dict.fromkeys(file.keys(), single.name)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -251,10 +257,6 @@ def checkpoint_files(folder: Path) -> dict[str, str]:
             with _open_safetensors(folder / name):
                 pass
         return weight_map
-    single = folder / "model.safetensors"
-    if single.is_file():
-        with _open_safetensors(single) as file:
-            return dict.fromkeys(file.keys(), single.name)
     raise ValueError(
         f"{folder} has no model.safetensors and no index; only safetensors are read "
         "(convert other formats with save_pretrained)"
@@ -293,11 +295,7 @@ def _open_safetensors(path: Path) -> Any:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
 
 
-def _sample_file(path: Path, total: Any, *, samples: int = 64, chunk: int = 65536) -> None:
-    size = path.stat().st_size
-    total.update(size.to_bytes(8, "little"))
-    step = max(chunk, size // samples)
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
     with path.open("rb") as file:
-        for offset in range(0, size, step):
-            file.seek(offset)
-            total.update(file.read(chunk))
+        return hashlib.file_digest(file, "sha256").hexdigest()

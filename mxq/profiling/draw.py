@@ -1,6 +1,6 @@
 """Draw the samples of a run: to fit to, in reserve for cold experts, and held out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -25,7 +25,8 @@ def draw_calibration(
     text is long enough. Rows given as they are (a matrix of ids) are split, a ninth held out.
     """
     held = max(1, options.samples // 8)
-    spare = options.samples // 4 if adapter.is_moe else 0
+    # An iterator can be read once only, so it is not asked for more than it must have.
+    spare = options.samples // 4 if adapter.is_moe and not isinstance(data, Iterator) else 0
     try:
         found = _load(adapter, options, data, options.samples + held + spare)
     except ValueError:
@@ -33,6 +34,12 @@ def draw_calibration(
             raise
         spare = 0
         found = _load(adapter, options, data, options.samples + held)
+    longest, width = _positions(adapter), found.input_ids.shape[1]
+    if longest is not None and width > longest:
+        raise ValueError(
+            f"samples of {width} tokens are longer than the model's {longest} positions; "
+            "lower --seqlen"
+        )
     if len(found.domains) != options.samples + held + spare:
         held, spare = max(1, len(found.domains) // 9), 0
     rest, heldout = found.split(held)
@@ -54,6 +61,11 @@ def _load(
         vocab_size=_vocabulary(adapter),
         model=_sampler(adapter),
     )
+
+
+def _positions(adapter: ModelAdapter) -> int | None:
+    longest = getattr(adapter.source.model.config, "max_position_embeddings", None)
+    return longest if isinstance(longest, int) and longest > 0 else None
 
 
 def _vocabulary(adapter: ModelAdapter) -> int:

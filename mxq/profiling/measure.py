@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -247,7 +248,7 @@ def _context(
 ) -> LayerContext:
     return LayerContext(
         all_tokens=batches.all_tokens,
-        energy={site: _energy(adapter.module(site), inputs) for site, inputs in sites.items()},
+        energy=cache(lambda site: _energy(adapter.module(site), sites[site])),
         rerun=_rerunner(adapter, calls),
     )
 

@@ -18,11 +18,11 @@ class LayerContext:
     """What a metric may need beyond the block: totals, and the layer run again.
 
     ``rerun(site, z)`` gives the decoder layer's output, all tokens as rows, when a plain linear
-    puts out ``z``; ``energy[site]`` is the summed square of the site's output.
+    puts out ``z``; ``energy(site)`` is the summed square of the site's output.
     """
 
     all_tokens: int
-    energy: Mapping[str, float]
+    energy: Callable[[str], float]
     rerun: Callable[[str, Tensor], Tensor]
 
 
@@ -81,7 +81,7 @@ def output_mse(probe: Probe, z_hat_TN: Tensor, context: LayerContext) -> float:
     if probe.finish is not None:
         site = probe.block.rsplit(".", 2)[0]
         change = probe.finish(z_hat_TN) - probe.finish(probe.z_TN)
-        energy = context.energy[site]
+        energy = context.energy(site)
     else:
         change, energy = z_hat_TN - probe.z_TN, float(probe.z_TN.double().square().sum())
         energy /= probe.share

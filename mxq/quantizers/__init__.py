@@ -27,6 +27,8 @@ def per_matrix(quantizer: Quantizer) -> Quantizer:
             return quantizer(w_BNK, scheme, hessian_BKK)
         hessians = [None] * len(w_BNK) if hessian_BKK is None else list(hessian_BKK)
         parts = [quantizer(w, scheme, h) for w, h in zip(w_BNK, hessians, strict=True)]
+        for part in parts:
+            _check_weight(part, scheme)
         return QuantizedWeight(
             torch.stack([part.codes_NK for part in parts]),
             _stack([part.scale_NG for part in parts]),
@@ -35,6 +37,18 @@ def per_matrix(quantizer: Quantizer) -> Quantizer:
         )
 
     return batched
+
+
+def _check_weight(q: QuantizedWeight, scheme: Scheme) -> None:
+    """Raise ValueError unless a caller's quantizer gave what the scheme can store."""
+    if scheme.kind != "int":
+        return
+    if q.codes_NK.dtype != torch.uint8 or int(q.codes_NK.max()) >= 2**scheme.w_bits:
+        raise ValueError(f"codes of {scheme} must be uint8 below {2**scheme.w_bits}")
+    if q.scale_NG is None or q.scale_NG.dtype != torch.float16:
+        raise ValueError(f"scales of {scheme} must be float16, [N, groups]")
+    if (q.zero_NG is None) != scheme.symmetric:
+        raise ValueError(f"zero points go with asymmetric schemes, and {scheme} needs them so")
 
 
 def _stack(parts: list[Tensor | None]) -> Tensor | None:

@@ -103,9 +103,22 @@ def uniform(
     return _allocation(priced, _Answer(choice, loss, proven=True), asked, f"uniform {scheme}")
 
 
-def best_uniform(table: SensitivityTable, *, storage_bits: float) -> Allocation | None:
-    """The uniform plan of least predicted loss within the limit; None if none fits."""
-    fitting = [plan for plan in _uniform_plans(table) if plan.storage_bits <= storage_bits]
+def best_uniform(
+    table: SensitivityTable,
+    *,
+    storage_bits: float,
+    cost_model: LatencyModel | None = None,
+    tokens: float | None = None,
+    max_latency_us: float | None = None,
+) -> Allocation | None:
+    """The uniform plan of least predicted loss within the limits; None if none fits."""
+    plans = _uniform_plans(table, cost_model, tokens)
+    fitting = [
+        plan
+        for plan in plans
+        if plan.storage_bits <= storage_bits
+        and (max_latency_us is None or (plan.predicted_latency_us or 0.0) <= max_latency_us)
+    ]
     return min(fitting, key=lambda plan: plan.predicted_loss, default=None)
 
 
@@ -131,9 +144,11 @@ def check_solved_on(plan: Allocation, table: SensitivityTable) -> None:
     )
 
 
-def _uniform_plans(table: SensitivityTable) -> list[Allocation]:
+def _uniform_plans(
+    table: SensitivityTable, cost_model: LatencyModel | None = None, tokens: float | None = None
+) -> list[Allocation]:
     return [
-        uniform(table, scheme)
+        uniform(table, scheme, cost_model=cost_model, tokens=tokens)
         for column, scheme in enumerate(table.schemes)
         if all(np.isfinite(row[column]) for row in table.loss)
     ]

@@ -263,7 +263,16 @@ def test_pack_refuses_a_model_that_changed_since(work, model, tmp_path):
     settings = work / "settings.json"
     assert str(model) in settings.read_text()
     succeeds(
-        "profile", moved, "--work", tmp_path / "other", "--calibration", "demo", "--samples", 8
+        "profile",
+        moved,
+        "--work",
+        tmp_path / "other",
+        "--calibration",
+        "demo",
+        "--samples",
+        8,
+        "--seqlen",
+        16,
     )
     shutil.copy(tmp_path / "other" / "settings.json", settings)
     save_tiny(moved, seed=5)
@@ -274,16 +283,26 @@ def test_pack_refuses_a_model_that_changed_since(work, model, tmp_path):
 
 def test_pack_refuses_a_plan_of_another_model(work, tmp_path):
     other = save_tiny(tmp_path / "other", seed=5)
-    succeeds("profile", other, "--work", work, "--calibration", "demo", "--samples", 8)
+    succeeds(
+        "profile", other, "--work", work, "--calibration", "demo", "--samples", 8, "--seqlen", 16
+    )
     message = fails("pack", work, "--output", tmp_path / "out")
     assert "was measured on another model or other calibration text" in message
     assert not (tmp_path / "out").exists()
 
 
 def test_pack_refuses_a_plan_of_other_calibration_text(work, model, tmp_path):
-    succeeds("profile", model, "--work", work, "--calibration", "demo", "--samples", 8)
+    succeeds(
+        "profile", model, "--work", work, "--calibration", "demo", "--samples", 8, "--seqlen", 16
+    )
     message = fails("pack", work, "--output", tmp_path / "out")
     assert "was measured on another model or other calibration text" in message
+
+
+def test_samples_longer_than_the_model_are_refused(model, tmp_path):
+    command = ("profile", model, "--calibration", "demo", "--work", tmp_path / "work")
+    message = fails(*command, "--samples", 8, "--seqlen", 300)
+    assert "samples of 300 tokens are longer than the model's 128 positions" in message
 
 
 def test_an_edited_artifact_is_refused(work):

@@ -43,6 +43,7 @@ LEVELS = {
     "report": 3,
     "heldout": 4,
     "progress": 4,
+    "choices": 5,
     "publish": 5,
     "workspace": 4,
     "api": 7,

@@ -238,7 +238,7 @@ def probe_of(z_rows, *, grads=None, finish=None, tokens=None, block="layers.0.ex
 
 
 def context_of(energy=None, rerun=None, all_tokens=4):
-    return LayerContext(all_tokens, energy or {}, rerun)
+    return LayerContext(all_tokens, (energy or {}).__getitem__, rerun)
 
 
 Z, Z_HAT = [[1.0, 0.0], [0.0, 2.0]], torch.tensor([[2.0, 1.0], [0.0, 5.0]])  # off by (1,1), (0,3)

@@ -1,0 +1,59 @@
+"""What is chosen by name, resolved to functions; a caller's own functions take the same place."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from mxq.config import MeasureOptions, default_schemes
+from mxq.models.adapter import ModelAdapter
+from mxq.profiling.measure import MeasureSettings
+from mxq.profiling.sensitivity import SENSITIVITY, Sensitivity
+from mxq.quantizers import QUANTIZERS, Method, Quantizer
+
+Entry = TypeVar("Entry")
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What is chosen by name, resolved: a user's own callables stand in here."""
+
+    quantizer: Quantizer
+    sensitivity: Sensitivity
+
+
+def measure_settings(
+    adapter: ModelAdapter, options: MeasureOptions, choices: Choices | None
+) -> MeasureSettings:
+    """Options with their names resolved.
+
+    Raises:
+        ValueError: If a name is not on its menu.
+    """
+    if choices is None and "own" in (options.quantizer, options.sensitivity):
+        raise ValueError(
+            "this work folder was measured with a quantizer or sensitivity of the caller's own, "
+            "which no file can hold; call mxq.quantize with it again"
+        )
+    widths = {block.in_features for block in adapter.blocks()}
+    own = choices or Choices(
+        pick(QUANTIZERS, "quantizer", options.quantizer),
+        pick(SENSITIVITY, "sensitivity", options.sensitivity),
+    )
+    return MeasureSettings(
+        schemes=options.schemes or default_schemes(widths),
+        sensitivity=own.sensitivity,
+        metric_name=options.sensitivity,
+        method=Method(options.quantizer, own.quantizer),
+        rotation=options.rotation,
+    )
+
+
+def pick(menu: Mapping[str, Entry], what: str, name: str) -> Entry:
+    """The entry of that name.
+
+    Raises:
+        ValueError: With the menu, if there is none.
+    """
+    if name not in menu:
+        raise ValueError(f"{what} {name!r} is unknown; choose one of {', '.join(sorted(menu))}")
+    return menu[name]
