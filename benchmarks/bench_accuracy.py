@@ -43,6 +43,7 @@ from mxq.workspace import library_versions, make_provenance
 SIZES = (
     "w2a16_g128_asym",
     "w2a16_g64_asym=2.5",
+    "w2a16_g32_asym",
     "w3a16_g128_asym",
     "w3a16_g64_asym=3.5",
     "w4a16_g128_asym",

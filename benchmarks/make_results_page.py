@@ -58,11 +58,15 @@ def write_readme_table() -> None:
         f"| --- |{' ---: |' * len(sizes)}",
     ]
     for method in methods:
-        cells = [_mean([r for r in rows if r["size"] == size], method, "kl") for size in sizes]
-        lines.append(f"| {NAMES[method]} | {' | '.join(f'{kl:.4f}' for kl in cells)} |")
+        cells = [_readme_cell([r for r in rows if r["size"] == size], method) for size in sizes]
+        lines.append(f"| {NAMES[method]} | {' | '.join(cells)} |")
     text = README.read_text()
     head, tail = text.index(README_START) + len(README_START), text.index(README_END)
     README.write_text(text[:head] + "\n" + "\n".join(lines) + "\n" + text[tail:])
+
+
+def _readme_cell(rows: Sequence[Row], method: str) -> str:
+    return f"{_mean(rows, method, 'kl'):.4f}" if _has(rows, method) else "-"
 
 
 def accuracy_section(name: str, results: Mapping[str, Any]) -> list[str]:
