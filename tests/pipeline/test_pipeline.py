@@ -336,3 +336,11 @@ def test_a_weight_that_is_nan_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"layers.0.experts.2.up: 1 of 2048 values are NaN"):
         mxq.quantize(model, output=tmp_path / "out", bits=4, **FAST)
     assert [path.name for path in (tmp_path / "out").glob("*") if path.name != "work"] == []
+
+
+def test_the_models_own_folder_is_no_output_even_with_overwrite(tmp_path):
+    folder = save_tiny(tmp_path / "model")
+    before = (folder / "config.json").read_bytes()
+    with pytest.raises(ValueError, match="the model's own folder; give another"):
+        mxq.quantize(folder, output=folder, bits=4, overwrite=True, **FAST)
+    assert (folder / "config.json").read_bytes() == before

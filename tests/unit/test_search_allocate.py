@@ -19,6 +19,7 @@ from mxq.search import (
     storage_cost,
     uniform,
 )
+from mxq.search.allocate import check_solved_on
 
 SCHEMES = parse_schemes("w2a16_g128_asym,w4a16_g128_asym,w8a8_grow_sym,bf16")
 H200 = CostModel(load_device("h200"))
@@ -255,6 +256,26 @@ def test_the_best_uniform_plan_is_the_one_of_least_loss_that_fits():
     assert best_uniform(t, storage_bits=limit).schemes == uniform(t, SCHEMES[1]).schemes
     assert best_uniform(t, storage_bits=limit - 1).schemes == uniform(t, SCHEMES[0]).schemes
     assert best_uniform(t, storage_bits=1) is None
+
+
+def test_the_best_uniform_plan_keeps_the_latency_limit():
+    t, priced = table(), {"cost_model": H200, "tokens": 4}
+    small, large = (uniform(t, scheme, **priced) for scheme in SCHEMES[:2])
+    assert small.predicted_latency_us < large.predicted_latency_us
+    limits = {"storage_bits": large.storage_bits, **priced}
+    free = best_uniform(t, **limits, max_latency_us=large.predicted_latency_us)
+    assert free.schemes == large.schemes
+    tight = best_uniform(t, **limits, max_latency_us=small.predicted_latency_us)
+    assert tight.schemes == small.schemes
+    assert best_uniform(t, **limits, max_latency_us=1e-9) is None
+
+
+def test_a_plan_is_known_by_the_losses_of_its_table():
+    t = table()
+    plan = allocate(t, bits=5)
+    check_solved_on(plan, t)
+    with pytest.raises(ValueError, match="was solved on another measurement"):
+        check_solved_on(plan, table(seed=1))
 
 
 def test_an_allocation_is_never_worse_than_the_best_uniform_plan():
