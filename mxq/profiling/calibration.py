@@ -108,6 +108,7 @@ def load_calibration(  # noqa: PLR0913  (one request: what, how much of it, for 
     seed: int = 0,
     vocab_size: int | None = None,
     model: Sampler | None = None,
+    disjoint: bool = False,
 ) -> CalibrationSet:
     """The calibration set that ``spec`` describes; the same arguments give the same ids.
 
@@ -122,7 +123,8 @@ def load_calibration(  # noqa: PLR0913  (one request: what, how much of it, for 
 
     Texts of a domain are joined, an end-of-text token between two, and cut into windows at random
     offsets. Windows are disjoint where the domain is long enough, else they overlap by at most
-    half. Where the tokenizer starts a text with a begin-of-text token, so does each window.
+    half, or are refused where ``disjoint`` asks for it: a set of which a part is to be held out.
+    Where the tokenizer starts a text with a begin-of-text token, so does each window.
 
     Raises:
         ValueError: With what was found, what was expected and what to change.
@@ -130,7 +132,7 @@ def load_calibration(  # noqa: PLR0913  (one request: what, how much of it, for 
     """
     if samples < 1 or seqlen < 1:
         raise ValueError(f"samples is {samples} and seqlen is {seqlen}; both must be at least 1")
-    cutter = Cutter(tokenizer, seqlen, torch.Generator().manual_seed(seed))
+    cutter = Cutter(tokenizer, seqlen, torch.Generator().manual_seed(seed), disjoint)
     name = spec if isinstance(spec, str) else "own data"
     if isinstance(spec, str) and spec == "self":  # an array compares by element
         windows = {"self": _written_by(model, samples, cutter)}

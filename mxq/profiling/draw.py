@@ -60,6 +60,7 @@ def _load(
         seed=options.seed,
         vocab_size=_vocabulary(adapter),
         model=_sampler(adapter),
+        disjoint=True,
     )
 
 

@@ -42,6 +42,7 @@ class Cutter:
     tokenizer: PreTrainedTokenizerBase | None
     seqlen: int
     generator: torch.Generator
+    disjoint: bool = False
 
 
 def cut(cutter: Cutter, domain: Domain, share: int) -> Tensor:
@@ -103,12 +104,13 @@ def _ids(cutter: Cutter, item: str | Tensor, name: str) -> Tensor:
 def _starts(cutter: Cutter, name: str, length: int, share: int) -> Tensor:
     """First token of each window: disjoint and random if that fits, else evenly overlapping."""
     seqlen = cutter.seqlen
-    needed = seqlen + (share - 1) * -(-seqlen // 2)
+    step = seqlen if cutter.disjoint else -(-seqlen // 2)
+    needed = seqlen + (share - 1) * step
     if length < needed:
+        rule = "held-out text shares none" if cutter.disjoint else "two may overlap by half"
         raise ValueError(
             f"calibration domain {name!r} has {length} tokens, but {share} windows of {seqlen} "
-            f"need at least {needed} (two may overlap by half); give more text, or lower "
-            "samples or seqlen"
+            f"need at least {needed} ({rule}); give more text, or lower samples or seqlen"
         )
     steps = torch.arange(share)
     slack = length - share * seqlen

@@ -234,3 +234,17 @@ def test_a_profile_under_other_domain_names_is_not_reused(model, tmp_path):
 
     assert domains("alpha") == ("alpha",)
     assert domains("beta") == ("beta",)
+
+
+def test_text_too_short_for_disjoint_samples_is_refused(model, tmp_path):
+    # 8 samples and one held out need 9 * 16 tokens; with overlap by half 80 would do.
+    with pytest.raises(ValueError, match=r"has 143 tokens, .* held-out text shares none"):
+        mxq.quantize(
+            model,
+            output=tmp_path / "out",
+            bits=4,
+            calibration=[torch.arange(143) % 90],
+            samples=8,
+            seqlen=16,
+            schemes=MENU,
+        )
