@@ -238,7 +238,7 @@ def test_a_profile_under_other_domain_names_is_not_reused(model, tmp_path):
 
 def test_text_too_short_for_disjoint_samples_is_refused(model, tmp_path):
     # 8 samples and one held out need 9 * 16 tokens; with overlap by half 80 would do.
-    with pytest.raises(ValueError, match=r"has 143 tokens, .* held-out text shares none"):
+    with pytest.raises(ValueError, match=r"has 143 tokens, .*held-out text shares none"):
         mxq.quantize(
             model,
             output=tmp_path / "out",
