@@ -20,8 +20,12 @@ ROW_TILE = 128
 Input = Literal["bf16", "int8", "int4", "fp8"]
 """What the input of a product is made of; int4 is rounded to 4 bits and computed as int8."""
 
-Dialect = Literal["ptx", "plain"]
-"""Device functions as inline PTX, or in plain Triton (the interpreter and other targets)."""
+Dialect = Literal["ptx", "plain", "interpreted"]
+"""Device functions as inline PTX, or in plain Triton for targets without that form.
+
+"interpreted" is plain with float32 operands of every product: Triton's interpreter multiplies the
+bit patterns of bfloat16.
+"""
 
 
 @dataclass(frozen=True, slots=True)
