@@ -210,23 +210,23 @@ def _loop_lines(form: WeightFormat, depth: int) -> list[str]:
 
 
 def _load_weight_lines(form: WeightFormat) -> list[str]:
+    """The step's weights as an operand, before the scales of groups."""
     if form.w_bits == 16:
         return ["w = tl.load(w_NK)", "w_NK += n_pad * 64"]
     if not needs_unpack(form):
         cast = "tl.float8e4nv" if form.input == "fp8" else "tl.int8"
         return [f"w = tl.load(w_NK).to({cast}, bitcast=True)", "w_NK += n_pad * 128"]
-    count = planes_of(form).count
     lines = []
-    for index in range(count):
-        lines.append(f"packed{index} = load_words(w{index}_NB)")
+    arguments = [f"packed{index}" for index in range(planes_of(form).count)]
+    for index, name in enumerate(arguments):
+        lines.append(f"{name} = load_words(w{index}_NB)")
         lines.append(f"w{index}_NB += n_pad * {form.step_bytes}")
-    names = ", ".join(f"packed{index}" for index in range(count))
-    if not takes_offset(form):
-        return [*lines, f"w = {function_name(form)}({names})"]
-    if form.group_size is None:
-        return [*lines, f"w = {function_name(form)}({names}, offset_N[:, None])"]
-    lines += ["meta = tl.load(meta_N)", "meta_N += n_pad"]
-    return [*lines, f"w = {function_name(form)}({names}, high_bf16(meta)[:, None])"]
+    if takes_offset(form) and form.group_size is None:
+        arguments.append("offset_N[:, None]")
+    elif takes_offset(form):
+        lines += ["meta = tl.load(meta_N)", "meta_N += n_pad"]
+        arguments.append("high_bf16(meta)[:, None]")
+    return [*lines, f"w = {function_name(form)}({', '.join(arguments)})"]
 
 
 def _group_lines(form: WeightFormat) -> list[str]:
@@ -238,19 +238,18 @@ def _group_lines(form: WeightFormat) -> list[str]:
         return lines if form.w_bits == 8 else [*lines, "w = subtract_int8(w, high_int8(meta))"]
     if takes_offset(form):
         return ["w = scale_bf16(w, low_bf16(meta)[:, None])"]
-    start = " + 128.0" if form.w_bits == 8 else ""
     if groups == 1:
         return [
             "meta = tl.load(meta_N)",
             "meta_N += n_pad",
-            f"w = add_bf16(w, (high_bf16(meta){start})[:, None])",
+            "w = add_bf16(w, high_bf16(meta)[:, None])",
             "w = scale_bf16(w, low_bf16(meta)[:, None])",
         ]
     return [
         "meta = tl.load(meta_NG)",
         f"meta_NG += n_pad * {groups}",
         f"w = tl.reshape(w, (128, {groups}, {form.group_size}))",
-        f"w = add_bf16(w, (high_bf16(meta){start})[:, :, None])",
+        "w = add_bf16(w, high_bf16(meta)[:, :, None])",
         "w = scale_bf16(w, low_bf16(meta)[:, :, None])",
         "w = tl.reshape(w, (128, 128))",
     ]
@@ -288,7 +287,7 @@ def _helpers(spec: KernelSpec) -> str:
     if spec.dialect == "interpreted":
         texts |= _INTERPRETED_HELPERS
     texts["store_tile"] = _STORE.format(bias=_BIAS if spec.has_bias else "")
-    used = [name for name in texts if re.search(rf"\b{name}\b", body)]
+    used = [name for name in texts if name == "to_bf16" or re.search(rf"\b{name}\b", body)]
     return "\n\n".join(texts[name].strip("\n") + "\n" for name in used)
 
 
@@ -362,7 +361,7 @@ def store_tile(
     start = row0.to(tl.int64) * stride_y + column + n0
     place = m_M[None, :] * stride_y + n_N[:, None]
 {bias}    if slices >> 8 == 1:
-        tl.store(y_ptr + start + place, out.to(tl.bfloat16), mask=inside)
+        tl.store(y_ptr + start + place, to_bf16(out), mask=inside)
     else:
         start += (slices & 0xFF) * stride_slice
         tl.store(partial_ptr + start + place, out, mask=inside)
@@ -389,6 +388,12 @@ def {entry}(
 '''
 
 _PLAIN_HELPERS = {
+    "to_bf16": '''
+@triton.jit
+def to_bf16(x):
+    """Round float32 to bfloat16, to nearest, ties to even."""
+    return x.to(tl.bfloat16)
+''',
     "load_words": '''
 @triton.jit
 def load_words(bytes_NB):
@@ -408,7 +413,7 @@ def low_float(meta):
 @triton.jit
 def low_bf16(meta):
     """The float16 scale in the low half of a metadata word, rounded to bfloat16."""
-    return (meta & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.bfloat16)
+    return to_bf16((meta & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32))
 ''',
     "high_bf16": '''
 @triton.jit
@@ -426,13 +431,13 @@ def high_int8(meta):
 @triton.jit
 def scale_bf16(w, scale):
     """Product of bfloat16, rounded once."""
-    return (w.to(tl.float32) * scale.to(tl.float32)).to(tl.bfloat16)
+    return to_bf16(w.to(tl.float32) * scale.to(tl.float32))
 ''',
     "add_bf16": '''
 @triton.jit
 def add_bf16(w, offset):
     """Sum of bfloat16, rounded once."""
-    return (w.to(tl.float32) + offset.to(tl.float32)).to(tl.bfloat16)
+    return to_bf16(w.to(tl.float32) + offset.to(tl.float32))
 ''',
     "subtract_int8": '''
 @triton.jit
@@ -521,6 +526,14 @@ def subtract_int8(w, zero_N):
 }
 
 _INTERPRETED_HELPERS = {
+    "to_bf16": '''
+@triton.jit
+def to_bf16(x):
+    """Round float32 to bfloat16, to nearest, ties to even; the interpreter's cast cuts off."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits += 0x7FFF + ((bits >> 16) & 1)
+    return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+''',
     "dot_bf16": '''
 @triton.jit
 def dot_bf16(w, x, acc):

@@ -9,6 +9,7 @@ for any field that ends below bit 7. One fused multiply-add then gives ``q - zer
 way is an integer below 256, which bfloat16 holds.
 """
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -61,9 +62,9 @@ def render_unpack(form: WeightFormat, dialect: Dialect) -> str:
 
     "centred": ``(planes..., offset) -> code - zero`` in bfloat16, with ``offset`` [128, 1] of
     ``-(128 + zero)``, or ``-zero`` for 8 bits. "raised": ``(planes...) -> 128 + code``, or
-    ``code - 128`` for 8 bits. "int8": ``(planes...) -> code``.
+    ``code`` for 8 bits. "int8": ``(planes...) -> code``.
     """
-    if dialect == "plain":
+    if dialect != "ptx":
         return _render_plain(form)
     return _render_ptx_int8(form) if form.arithmetic == "int8" else _render_ptx_bf16(form)
 
@@ -80,7 +81,7 @@ def _render_ptx_bf16(form: WeightFormat) -> str:
         # Operands follow the outputs: the words, then two registers for each offset.
         offset_of = {f: f"${regs + planes.count + 2 * i}" for i, f in enumerate(fields)}
     asm = [
-        *_constant_lines(fields, takes_offset(form)),
+        *_constant_lines(form, fields),
         *(
             _wide_code_lines(offset_of[0])
             if form.w_bits == 8
@@ -162,14 +163,14 @@ def _shift_of(start: int, bits: int) -> int:
     return start - start % (per_shift * bits)
 
 
-def _constant_lines(fields: Sequence[int], takes_offset: bool) -> list[str]:
+def _constant_lines(form: WeightFormat, fields: Sequence[int]) -> list[str]:
     """Registers with the ratio of each field, and its offset where that is no operand."""
     lines = []
     for f in fields:
         lines += [f".reg .b32 ratio{f};", f"mov.b32 ratio{f}, {_bf16_twice(2.0**-f)};"]
-        if not takes_offset:
-            value = _bf16_twice(128.0 - 2.0 ** (_MANTISSA_BITS - f) if f else -128.0)
-            lines += [f".reg .b32 offset{f};", f"mov.b32 offset{f}, {value};"]
+        if not takes_offset(form):
+            value = 0.0 if form.w_bits == 8 else 128.0 - 2.0 ** (_MANTISSA_BITS - f)
+            lines += [f".reg .b32 offset{f};", f"mov.b32 offset{f}, {_bf16_twice(value)};"]
     return lines
 
 
@@ -185,7 +186,6 @@ def _pair_lines(
         lines.append(f"lop3.b32 ${index}, {source}, {_twice(mask)}, 0x43004300, 0xEA;")
         for word, shift, mask in more:
             lines += temporaries.need(word, shift)
-            # (source & mask) | what is there
             source = temporaries.name(word, shift)
             lines.append(f"lop3.b32 ${index}, {source}, {_twice(mask)}, ${index}, 0xEA;")
     for index, pair in enumerate(pairs):
@@ -284,8 +284,8 @@ def _render_plain(form: WeightFormat) -> str:
         shift = "" if form.w_bits == 8 else " + 128.0"
         lines.append(f"return (w.to(tl.float32) + offset.to(tl.float32){shift}).to(tl.bfloat16)")
     else:
-        shift = "- 128.0" if form.w_bits == 8 else "+ 128.0"
-        lines.append(f"return (w.to(tl.float32) {shift}).to(tl.bfloat16)")
+        shift = "" if form.w_bits == 8 else " + 128.0"
+        lines.append(f"return (w.to(tl.float32){shift}).to(tl.bfloat16)")
     parameters = ", ".join([*names, "offset"] if takes_offset(form) else names)
     return _FUNCTION.format(
         name=function_name(form), parameters=parameters, doc=_doc(form), body=_indent(lines)
@@ -295,7 +295,7 @@ def _render_plain(form: WeightFormat) -> str:
 def _doc(form: WeightFormat) -> str:
     if form.arithmetic == "int8":
         return f"{form.w_bits}-bit codes, int8 [128, 128]."
-    what = "code - 128" if form.w_bits == 8 else "128 + code"
+    what = "code" if form.w_bits == 8 else "128 + code"
     what = "code - zero" if takes_offset(form) else what
     return f"{form.w_bits}-bit codes as {what}, bfloat16 [128, 128]."
 
@@ -407,8 +407,6 @@ def _four_times(mask: int) -> str:
 
 def _bf16_twice(value: float) -> str:
     """Two bfloat16 of a value that bfloat16 holds exactly, as the bits of a register."""
-    import struct
-
     bits = struct.unpack(">I", struct.pack(">f", value))[0]
     assert bits & 0xFFFF == 0, f"{value} is not a bfloat16"
     return _twice(bits >> 16)
