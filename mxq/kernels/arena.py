@@ -81,10 +81,10 @@ def group_weights(
     problems: Iterable[Problem],
     sizes: Sequence[WeightSize],
     *,
-    device: torch.device | str | None = None,
+    device: torch.device | str = "cpu",
     fragment: str = "hopper",
 ) -> GroupedWeights:
-    """Put weights into kernel order on ``device`` (default: that of the first weight).
+    """Put weights into kernel order, in an arena on ``device``.
 
     Problems are taken one by one, so an iterator that reads and frees each weight needs memory
     for one weight beside the arena. ``sizes`` are those of the problems, in the same order.
@@ -95,38 +95,33 @@ def group_weights(
     """
     in_features = _check_sizes(sizes)
     formats = [format_of(size.scheme) for size in sizes]
-    distinct = tuple(sorted(set(formats)))
     w_starts, meta_starts = _starts(sizes, formats, fragment)
-    words = meta = torch.empty(0)
+    words = torch.empty(w_starts[-1], dtype=torch.uint8, device=device)
+    meta = torch.empty(meta_starts[-1], dtype=torch.int32, device=device)
+    bias_parts: list[Tensor] = []
     rows: list[tuple[int, ...]] = []
-    biases: list[Tensor] = []
     for problem in problems:
         index = len(rows)
         _check_problem(problem, sizes, index)
-        if index == 0:
-            device = problem.weight.codes_NK.device if device is None else device
-            words = torch.empty(w_starts[-1], dtype=torch.uint8, device=device)
-            meta = torch.empty(meta_starts[-1], dtype=torch.int32, device=device)
-        q, form = problem.weight, formats[index]
-        words[w_starts[index] : w_starts[index + 1]] = to_kernel_order(
-            q.codes_NK, layout_of(form, fragment)
-        )
+        q, form, n = problem.weight, formats[index], sizes[index].out_features
+        ordered = to_kernel_order(q.codes_NK, layout_of(form, fragment))
+        words[w_starts[index] : w_starts[index + 1]] = ordered
         meta[meta_starts[index] : meta_starts[index + 1]] = pack_meta(q, form)
-        bias_off = _append_bias(problem, biases)
-        n_pad, k_pad = padded(sizes[index].out_features), padded(in_features)
-        place = (sizes[index].out_features, n_pad, k_pad, problem.column, problem.expert)
+        place = (n, padded(n), padded(in_features), problem.column, problem.expert)
+        bias_off = _append_bias(problem, bias_parts)
         rows.append((w_starts[index], meta_starts[index], *place, bias_off))
+        del problem, q, ordered  # before the iterator makes the next one
     if len(rows) != len(sizes):
         raise ValueError(f"{len(rows)} problems were given for {len(sizes)} sizes; give one each")
     _check_columns(rows)
+    distinct = tuple(sorted(set(formats)))
+    format_index = torch.tensor([distinct.index(form) for form in formats], dtype=torch.int32)
     return GroupedWeights(
         words,
         meta,
-        torch.cat(biases).to(words.device) if biases else torch.empty(0, device=words.device),
-        torch.tensor(rows, dtype=torch.int64).to(words.device),
-        torch.tensor([distinct.index(form) for form in formats], dtype=torch.int32).to(
-            words.device
-        ),
+        torch.cat([torch.empty(0), *bias_parts]).to(device),
+        torch.tensor(rows, dtype=torch.int64).to(device),
+        format_index.to(device),
         distinct,
         max(row[5] + row[2] for row in rows),
         in_features,
@@ -173,13 +168,14 @@ def _starts(
     return w_starts, meta_starts
 
 
-def _append_bias(problem: Problem, biases: list[Tensor]) -> int:
+def _append_bias(problem: Problem, bias_parts: list[Tensor]) -> int:
     """Where the bias starts in the joined one; appends it, padded."""
     if problem.bias is None:
         return NO_BIAS
-    n = problem.bias.numel()
-    offset = sum(bias.numel() for bias in biases)
-    biases.append(torch.nn.functional.pad(problem.bias.to(torch.float32), (0, padded(n) - n)))
+    offset = sum(part.numel() for part in bias_parts)
+    bias_N = problem.bias.detach().to("cpu", torch.float32)
+    n = bias_N.numel()
+    bias_parts.append(torch.nn.functional.pad(bias_N, (0, padded(n) - n)))
     return offset
 
 

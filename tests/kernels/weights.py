@@ -55,4 +55,6 @@ def same_bits(a, b):
     """Whether two tensors have the same shape, type and bytes."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    # A contiguous tensor may keep any stride along a dimension of size 1, which a view refuses.
+    a, b = (tensor.clone(memory_format=torch.contiguous_format) for tensor in (a, b))
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
