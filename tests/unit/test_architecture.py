@@ -45,9 +45,11 @@ LEVELS = {
     "progress": 4,
     "choices": 5,
     "publish": 5,
+    "latency": 5,
     "workspace": 4,
     "api": 7,
     "pipeline": 6,
+    "latency_tables": 7,
     "tables": 7,
     "cli": 8,
     "__main__": 9,
@@ -58,7 +60,10 @@ FILE_LINES_MEDIAN_LIMIT = 200
 FUNCTION_LINES_LIMIT = 50
 
 # Model types that are also words of our own code, with the reason.
-ORDINARY_WORDS = {"align": "the CSS property text-align, and what a tile does"}
+ORDINARY_WORDS = {
+    "align": "the CSS property text-align, and what a tile does",
+    "codegen": "the file that generates kernel source",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,163 @@
+"""A whole layer on packed weights: routed experts, or one linear, from bfloat16 to bfloat16.
+
+    router's choice -> route -> gather and GEMM 1 -> gate -> GEMM 2 -> weighted sum
+
+Nothing waits for the device, so a CUDA graph can record a call once its kernels are compiled.
+"""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mxq.kernels.activation import Activation, combine, gate, prepare, sum_slices
+from mxq.kernels.arena import GroupedWeights
+from mxq.kernels.group_gemm import GroupGemm, Launches, Product
+from mxq.kernels.reference import Inputs
+from mxq.kernels.routing import Routing, TileTables, route
+from mxq.kernels.spec import Input
+
+CACHED_SIZES = 64
+"""Numbers of tokens whose tables a linear keeps; more are made again for each call."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """What is between the two products.
+
+    ``activation`` names a function that the gate kernel computes; else ``function`` maps the
+    results of the first product, gate and up beside each other [S, 2 I] (or up alone), to [S, I].
+    ``after`` is applied to each expert's output [S, H], before its weight.
+    """
+
+    activation: Activation | None
+    is_gated: bool = True
+    function: Callable[[Tensor], Tensor] | None = None
+    after: Callable[[Tensor], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError unless there is one of the two."""
+        if (self.activation is None) == (self.function is None):
+            raise ValueError("a gate is either the name of an activation or a function")
+
+
+class ExpertLayer:
+    """The routed experts of a layer.
+
+    ``first`` holds the gate and up projections (problems 2e and 2e + 1, or e where there is no
+    gate), ``second`` the down projections. ``is_rotated`` says that inputs are rotated.
+    """
+
+    def __init__(
+        self,
+        first: GroupedWeights,
+        second: GroupedWeights,
+        gate: Gate,
+        *,
+        is_rotated: bool,
+        launches: Launches = "mixed",
+    ) -> None:
+        self.first, self.second, self.gate = first, second, gate
+        self.is_rotated, self.launches = is_rotated, launches
+        self.experts = int(second.problems[:, 6].max()) + 1
+        self._products: dict[int, tuple[GroupGemm, GroupGemm]] = {}
+
+    def __call__(self, hidden_TH: Tensor, index_TR: Tensor, weights_TR: Tensor) -> Tensor:
+        """Weighted sum of each token's experts, bfloat16 [T, H].
+
+        ``index_TR`` may hold any number outside of the experts for "no expert".
+        """
+        tokens, top_k = index_TR.shape
+        if tokens == 0:
+            return torch.empty_like(hidden_TH)
+        first, second = self._gemms(top_k)
+        routing = route(index_TR, self.experts)
+        inputs = prepare(
+            hidden_TH, self.is_rotated, first.inputs, with_plain=_has_floats(self.first)
+        )
+        inner = self._inner(first(inputs, routing, tokens), routing, second.inputs)
+        # Row i of the second product is slot i of the first.
+        by_slot = replace(routing, rows=_counting(routing.rows.numel(), hidden_TH.device))
+        out = second(inner, by_slot, tokens)
+        y_SN, partial = out.y_SN, out.partial_LSN
+        if self.gate.after is not None:
+            y_SN = sum_slices(y_SN, partial, out.splits_P, routing.experts)
+            y_SN, partial = self.gate.after(y_SN).contiguous(), None
+        return combine(y_SN, partial, out.splits_P, routing.experts, routing.slots, weights_TR)
+
+    def _inner(self, product: Product, routing: Routing, kinds: Collection[Input]) -> Inputs:
+        """The second product's inputs from the first one's results."""
+        results = product.y_SN, product.partial_LSN, product.splits_P, routing.experts
+        with_plain = _has_floats(self.second)
+        if self.gate.activation is not None:
+            return gate(
+                *results,
+                self.gate.activation,
+                self.is_rotated,
+                kinds,
+                gated=self.gate.is_gated,
+                with_plain=with_plain,
+            )
+        assert self.gate.function is not None
+        z_SN = sum_slices(*results, parts=2 if self.gate.is_gated else 1)
+        return prepare(self.gate.function(z_SN), self.is_rotated, kinds, with_plain=with_plain)
+
+    def _gemms(self, top_k: int) -> tuple[GroupGemm, GroupGemm]:
+        if top_k not in self._products:
+            self._products[top_k] = (
+                GroupGemm(self.first, top_k=top_k, launches=self.launches),
+                GroupGemm(self.second, top_k=top_k, launches=self.launches),
+            )
+        return self._products[top_k]
+
+
+class LinearLayer:
+    """One linear, bias included: a product of one problem."""
+
+    def __init__(self, weights: GroupedWeights, *, is_rotated: bool) -> None:
+        self.weights, self.is_rotated = weights, is_rotated
+        self._gemm = GroupGemm(weights)
+        self._tables: dict[int, tuple[Routing, TileTables]] = {}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``W x + b``, bfloat16 [..., N]."""
+        x_TK = x.reshape(-1, x.shape[-1])
+        tokens = len(x_TK)
+        shape = (*x.shape[:-1], self.weights.out_features)
+        if tokens == 0:
+            return x.new_empty(shape)
+        inputs = prepare(
+            x_TK, self.is_rotated, self._gemm.inputs, with_plain=_has_floats(self.weights)
+        )
+        routing, tables = self._tables_of(tokens, x.device)
+        out = self._gemm.launch(inputs, routing, tables, tokens)
+        if out.partial_LSN is None:
+            return out.y_SN.reshape(shape)
+        y_TN = sum_slices(out.y_SN, out.partial_LSN, out.splits_P, routing.experts)
+        return y_TN.reshape(shape)
+
+    def _tables_of(self, tokens: int, device: torch.device) -> tuple[Routing, TileTables]:
+        """All tokens go to the one problem, so the tables depend on their number alone."""
+        if tokens in self._tables:
+            return self._tables[tokens]
+        everyone = torch.zeros(tokens, 1, dtype=torch.int32, device=device)
+        routing = route(everyone, 1)
+        tables = self._gemm.tables(routing, tokens)
+        # What a graph records is not computed yet, so nothing else may use it.
+        if not _is_recording(device) and len(self._tables) < CACHED_SIZES:
+            self._tables[tokens] = routing, tables
+        return routing, tables
+
+
+def _has_floats(weights: GroupedWeights) -> bool:
+    """Whether a weight is plain bfloat16, which multiplies the unrotated input."""
+    return any(form.w_bits == 16 for form in weights.formats)
+
+
+def _counting(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, dtype=torch.int32, device=device)
+
+
+def _is_recording(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
