@@ -1,6 +1,6 @@
 """Random weights in every scheme that a kernel serves, for the tests of layout, arena and kernels.
 
-Codes and zeros are any bit pattern that the scheme allows, scales any positive float16.
+Codes and zeros are any bit pattern that the scheme allows, scales any finite float16 but 0.
 """
 
 from itertools import product
@@ -45,10 +45,11 @@ def random_weight(scheme, n, k, seed=0):
     codes_NK, groups = codes_of(format_of(scheme), n, k, seed), scheme.groups(k)
     if scheme.kind == "bf16":
         return QuantizedWeight(codes_NK, None, None, scheme)
-    patterns = torch.randint(1, 0x7C00, (n, groups), generator=generator).to(torch.int16)
+    patterns = torch.randint(1, 0x7C00, (n, groups), generator=generator)
+    patterns |= torch.randint(2, (n, groups), generator=generator) << 15  # its sign
     zero_NG = torch.randint(2**scheme.w_bits, (n, groups), generator=generator).to(torch.uint8)
     zero_NG = None if scheme.symmetric else zero_NG
-    return QuantizedWeight(codes_NK, patterns.view(torch.float16), zero_NG, scheme)
+    return QuantizedWeight(codes_NK, patterns.to(torch.int16).view(torch.float16), zero_NG, scheme)
 
 
 def same_bits(a, b):
