@@ -21,25 +21,37 @@ def branch_inputs(form: WeightFormat) -> list[str]:
     return [name for name in names if form.group_size is None or not name.endswith("_sum_ptr")]
 
 
+def branch_arguments(form: WeightFormat) -> list[str]:
+    """Names that a branch is called with."""
+    return [*_SHARED_ARGUMENTS, *branch_inputs(form), "problem_ptr", "tile_ptr"]
+
+
 def render_branch(branch: Branch) -> str:
     """The device function of a branch."""
     form = branch.format
     lines = [
+        *_place_lines(form),
         *_start_lines(form),
         *_meta_lines(form),
         *_loop_lines(form, branch.stages),
         *_scale_lines(form),
-        "store_tile(",
-        "    out, y_ptr, partial_ptr, bias_ptr, stride_y, stride_slice, problem_ptr, tile_ptr, BM",
-        ")",
+        f"store_tile({', '.join(_STORE_ARGUMENTS)})",
     ]
     return _BRANCH.format(
         name=branch_name(branch),
-        inputs=", ".join(branch_inputs(form)),
+        arguments="\n".join(f"    {name}," for name in branch_arguments(form)),
         doc=f"Tile of {branch.tokens} tokens by 128 outputs, weights in {form}.",
         tokens=branch.tokens,
         body="\n".join(f"    {line}" if line else "" for line in lines),
     )
+
+
+def _place_lines(form: WeightFormat) -> list[str]:
+    """Where the weight starts; the rest of the problem is read when the tile is stored."""
+    lines = ["w_off = tl.multiple_of(tl.load(problem_ptr), 128)"]
+    if form.w_bits != 16:
+        lines.append("meta_off = tl.multiple_of(tl.load(problem_ptr + 1), 32)")
+    return [*lines, "n_pad = tl.multiple_of(tl.load(problem_ptr + 3).to(tl.int32), 128)"]
 
 
 def _start_lines(form: WeightFormat) -> list[str]:
@@ -52,7 +64,7 @@ def _start_lines(form: WeightFormat) -> list[str]:
         "token_M = tl.load(rows_ptr + row0 + m_M, mask=m_M < nrows, other=0).to(tl.int64)",
         f"k_K = tl.arange(0, {step})",
         f"x_KM = {x_ptr} + token_M[None, :] * stride_x + (unit0 * 128 + k_K)[:, None]",
-        # A tile's part of a weight can start beyond 2**31 bytes.
+        "# A tile's part of a weight can start beyond 2**31 bytes.",
         "unit = unit0.to(tl.int64)",
     ]
     if form.w_bits == 16:
@@ -137,7 +149,10 @@ def _load_weight_lines(form: WeightFormat) -> list[str]:
     elif takes_offset(form):
         lines += ["meta = tl.load(meta_N)", "meta_N += n_pad"]
         arguments.append("high_bf16(meta)[:, None]")
-    return [*lines, f"w = {function_name(form)}({', '.join(arguments)})"]
+    joined = ", ".join(arguments)
+    if len(arguments) > _ARGUMENTS_ON_A_LINE:
+        return [*lines, f"w = {function_name(form)}(", f"    {joined}", ")"]
+    return [*lines, f"w = {function_name(form)}({joined})"]
 
 
 def _group_lines(form: WeightFormat) -> list[str]:
@@ -202,11 +217,36 @@ def input_arguments(kind: Input) -> dict[str, str]:
     return {f"{kind}_ptr": "*i8", f"{kind}_scale_ptr": "*fp32", f"{kind}_sum_ptr": "*i32"}
 
 
+_ARGUMENTS_ON_A_LINE = 6
+
+_SHARED_ARGUMENTS = (
+    "y_ptr",
+    "partial_ptr",
+    "words_ptr",
+    "meta_ptr",
+    "bias_ptr",
+    "rows_ptr",
+    "stride_y",
+    "stride_x",
+    "stride_slice",
+)
+
+_STORE_ARGUMENTS = (
+    "out",
+    "y_ptr",
+    "partial_ptr",
+    "bias_ptr",
+    "stride_y",
+    "stride_slice",
+    "problem_ptr",
+    "tile_ptr",
+    "BM",
+)
+
 _BRANCH = '''
 @triton.jit
 def {name}(
-    y_ptr, partial_ptr, words_ptr, meta_ptr, bias_ptr, rows_ptr, stride_y, stride_x, stride_slice,
-    {inputs}, problem_ptr, tile_ptr,
+{arguments}
 ):
     """{doc}"""
     BM: tl.constexpr = {tokens}
@@ -215,8 +255,5 @@ def {name}(
     n0 = tl.multiple_of(tl.load(tile_ptr + 4), 128)
     unit0 = tl.load(tile_ptr + 5)
     units = tl.load(tile_ptr + 6)
-    w_off = tl.multiple_of(tl.load(problem_ptr), 128)
-    meta_off = tl.multiple_of(tl.load(problem_ptr + 1), 32)
-    n_pad = tl.multiple_of(tl.load(problem_ptr + 3).to(tl.int32), 128)
 {body}
 '''

@@ -3,6 +3,7 @@
 The counterpart of ``mxq.kernels.layout``, which puts them there; tests hold the two together.
 """
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -94,11 +95,16 @@ def low_bits_of(bits: int) -> int:
     return {3: 2, 5: 4, 6: 4}.get(bits, bits)
 
 
-def joined(names: Sequence[str]) -> str:
-    """Nested joins whose new last dimensions, in order, count through the names."""
-    if len(names) == 1:
-        return names[0]
-    return f"tl.join({joined(names[0::2])}, {joined(names[1::2])})"
+def join_lines(names: Sequence[str]) -> list[str]:
+    """Joins into ``w`` whose new last dimensions, in order, count through the names."""
+    lines, letter = [], "a"
+    while len(names) > 1:
+        half = len(names) // 2
+        made = [f"{letter}{index}" for index in range(half)] if half > 1 else ["w"]
+        for name, first, second in zip(made, names[:half], names[half:], strict=True):
+            lines.append(f"{name} = tl.join({first}, {second})")
+        names, letter = made, chr(ord(letter) + 1)
+    return lines if names[0] == "w" else [*lines, f"w = {names[0]}"]
 
 
 def describe(form: WeightFormat) -> str:
@@ -120,4 +126,4 @@ def {name}({parameters}):
 
 def indent(lines: Sequence[str]) -> str:
     """Lines of a function's body."""
-    return "\n".join(f"    {line}" for line in lines)
+    return textwrap.indent("\n".join(lines), "    ")

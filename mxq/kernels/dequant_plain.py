@@ -1,5 +1,7 @@
 """Unpacking in plain Triton: whole words, every code by its own shift and mask."""
 
+from collections.abc import Sequence
+
 from mxq.kernels.code_fields import (
     FUNCTION,
     Planes,
@@ -7,12 +9,14 @@ from mxq.kernels.code_fields import (
     describe,
     function_name,
     indent,
-    joined,
+    join_lines,
     low_bits_of,
     planes_of,
     takes_offset,
 )
 from mxq.kernels.spec import WeightFormat
+
+_PARTS_ON_A_LINE = 4
 
 
 def render_plain(form: WeightFormat) -> str:
@@ -22,44 +26,43 @@ def render_plain(form: WeightFormat) -> str:
     names = [f"x{index}" for index in range(planes.count)]
     values = _plain_int8(form.w_bits, planes) if is_int8 else _plain_bf16(form.w_bits, planes)
     lines = [f"v{index} = {value}" for index, value in enumerate(values)]
-    together = joined([f"v{index}" for index in range(len(values))])
-    words = planes.width // 16
-    inner = len(values) // (4 if is_int8 else 2)
-    shape, order = (
-        (f"(128, 4, {words}, {inner}, 4)", "(0, 2, 3, 1, 4)")
-        if is_int8
-        else (f"(128, 4, {words}, {inner}, 2)", "(0, 2, 3, 1, 4)")
-    )
+    side = 4 if is_int8 else 2  # codes beside each other in a word
+    shape = f"(128, 4, {planes.width // 16}, {len(values) // side}, {side})"
     lines += [
-        f"w = tl.permute(tl.reshape({together}, {shape}), {order})",
+        *join_lines([f"v{index}" for index in range(len(values))]),
+        f"w = tl.permute(tl.reshape(w, {shape}), (0, 2, 3, 1, 4))",
         "w = tl.reshape(w, (128, 128))",
+        f"return {_result(form)}",
     ]
-    if is_int8:
-        lines.append("return w.to(tl.int8)")
-    elif takes_offset(form):
-        shift = "" if form.w_bits == 8 else " + 128.0"
-        lines.append(f"return (w.to(tl.float32) + offset.to(tl.float32){shift}).to(tl.bfloat16)")
-    else:
-        shift = "" if form.w_bits == 8 else " + 128.0"
-        lines.append(f"return (w.to(tl.float32){shift}).to(tl.bfloat16)")
     parameters = ", ".join([*names, "offset"] if takes_offset(form) else names)
     return FUNCTION.format(
         name=function_name(form), parameters=parameters, doc=describe(form), body=indent(lines)
     )
 
 
+def _result(form: WeightFormat) -> str:
+    if form.arithmetic == "int8":
+        return "w.to(tl.int8)"
+    terms = ["w.to(tl.float32)"]
+    if takes_offset(form):
+        terms.append("offset.to(tl.float32)")
+    if form.w_bits != 8:
+        terms.append("128.0")
+    total = " + ".join(terms)
+    return f"({total}).to(tl.bfloat16)" if len(terms) > 1 else f"{total}.to(tl.bfloat16)"
+
+
 def _plain_bf16(bits: int, planes: Planes) -> list[str]:
     if bits == 8:
-        return [f"(x0 >> {8 * p + 16 * e}) & 0xFF" for p in range(2) for e in range(2)]
+        return [_masked("x0", 8 * p + 16 * e, 0xFF) for p in range(2) for e in range(2)]
     values = []
     for pair in bf16_pairs(bits, planes):
         for e in range(2):
             parts = [
-                f"{_right(f'x{word}', shift + 16 * e)} & {mask:#x}"
+                _masked(f"x{word}", shift + pair.field + 16 * e, mask >> pair.field)
                 for word, shift, mask in pair.parts
             ]
-            value = " | ".join(f"({part})" for part in parts)
-            values.append(f"({value}) >> {pair.field}" if pair.field else value)
+            values.append(_combined(parts))
     return values
 
 
@@ -70,17 +73,26 @@ def _plain_int8(bits: int, planes: Planes) -> list[str]:
     for quad in range(planes.outputs):
         for e in range(4):
             start = low_bits * (quad % per_word) + 8 * e
-            value = f"({_right(f'x{quad // per_word}', start)} & {2**low_bits - 1:#x})"
+            parts = [_masked(f"x{quad // per_word}", start, 2**low_bits - 1)]
             if high_bits:
                 word = planes.count - 1 if high_bits == 1 else 4 + quad // 4
                 start = (quad if high_bits == 1 else 2 * (quad % 4)) + 8 * e
-                high = f"{_right(f'x{word}', start)} & {2**high_bits - 1:#x}"
-                value += f" | (({high}) << {low_bits})"
-            values.append(value)
+                mask = (2**high_bits - 1) << low_bits
+                parts.append(_masked(f"x{word}", start - low_bits, mask))
+            values.append(_combined(parts))
     return values
 
 
-def _right(name: str, shift: int) -> str:
-    if shift == 0:
-        return name
-    return f"({name} >> {shift})" if shift > 0 else f"({name} << {-shift})"
+def _masked(name: str, shift: int, mask: int) -> str:
+    """Bits of a word, shifted to the right (to the left if ``shift`` is below 0)."""
+    moved = f"({name} {'>>' if shift > 0 else '<<'} {abs(shift)})" if shift else name
+    return f"{moved} & 0x{mask:X}"
+
+
+def _combined(parts: Sequence[str]) -> str:
+    """The OR of several parts, on lines of their own where they are many."""
+    if len(parts) == 1:
+        return parts[0]
+    if len(parts) <= _PARTS_ON_A_LINE:
+        return " | ".join(f"({part})" for part in parts)
+    return "(\n    " + "\n    | ".join(f"({part})" for part in parts) + "\n)"

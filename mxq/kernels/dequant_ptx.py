@@ -12,12 +12,15 @@ from mxq.kernels.code_fields import (
     describe,
     function_name,
     indent,
-    joined,
+    join_lines,
     low_bits_of,
     planes_of,
     takes_offset,
 )
 from mxq.kernels.spec import WeightFormat
+
+_TYPES_ON_A_LINE = 4
+_NAMES_ON_A_LINE = 13
 
 
 def render_ptx(form: WeightFormat) -> str:
@@ -172,20 +175,21 @@ class _Shifted:
         return self._words[word] if shift == 0 else self._names[word, shift]
 
     def declaration(self) -> list[str]:
-        names = ", ".join(self._names.values())
-        return [f".reg .b32 {names};"] if names else []
+        names, most = list(self._names.values()), _NAMES_ON_A_LINE
+        rows = (names[start : start + most] for start in range(0, len(names), most))
+        return [f".reg .b32 {', '.join(row)};" for row in rows]
 
 
 def _order_lines(planes: Planes, kind: str) -> list[str]:
     """From (row, thread, word, byte, output) to (row, k)."""
     outputs, words = planes.outputs, planes.width // 16
-    together = joined([f"r{index}" for index in range(outputs)])
     if kind == "pairs":  # k = 8 * (2 * output + byte // 2) + 2 * thread + byte % 2
         shape, order = f"(128, 4, {words}, 2, 2, {outputs})", "(0, 2, 5, 3, 1, 4)"
     else:  # k = 16 * output + 4 * thread + byte
         shape, order = f"(128, 4, {words}, 4, {outputs})", "(0, 2, 4, 1, 3)"
     return [
-        f"w = tl.permute(tl.reshape({together}, {shape}), {order})",
+        *join_lines([f"r{index}" for index in range(outputs)]),
+        f"w = tl.permute(tl.reshape(w, {shape}), {order})",
         "return tl.reshape(w, (128, 128))",
     ]
 
@@ -194,7 +198,6 @@ def _asm_call(
     asm: Sequence[str], constraints: str, args: Sequence[str], dtype: str, outputs: int
 ) -> list[str]:
     names = ", ".join(f"r{index}" for index in range(outputs))
-    dtypes = dtype if outputs == 1 else f"({', '.join([dtype] * outputs)})"
     return [
         f"{names} = tl.inline_asm_elementwise(",
         '    asm="""{',
@@ -202,11 +205,19 @@ def _asm_call(
         '    }""",',
         f'    constraints="{constraints}",',
         f"    args=[{', '.join(args)}],",
-        f"    dtype={dtypes},",
+        *_dtype_lines(dtype, outputs),
         "    is_pure=True,",
         "    pack=4,",
         ")",
     ]
+
+
+def _dtype_lines(dtype: str, outputs: int) -> list[str]:
+    if outputs == 1:
+        return [f"    dtype={dtype},"]
+    if outputs <= _TYPES_ON_A_LINE:
+        return [f"    dtype=({', '.join([dtype] * outputs)}),"]
+    return ["    dtype=(", *[f"        {dtype},"] * outputs, "    ),"]
 
 
 def _offset_line(field: int, planes: Planes) -> str:

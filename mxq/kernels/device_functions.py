@@ -22,7 +22,14 @@ def render_helpers(spec: KernelSpec, branches: str) -> str:
 _STORE = '''
 @triton.jit
 def store_tile(
-    out, y_ptr, partial_ptr, bias_ptr, stride_y, stride_slice, problem_ptr, tile_ptr,
+    out,
+    y_ptr,
+    partial_ptr,
+    bias_ptr,
+    stride_y,
+    stride_slice,
+    problem_ptr,
+    tile_ptr,
     BM: tl.constexpr,
 ):
     """Write [128, BM] float32 results: rounded, or one slice of a sum over K."""
