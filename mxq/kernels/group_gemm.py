@@ -122,35 +122,43 @@ class GroupGemm:
         ``tokens`` is the T of the routing. Nothing here waits for the device.
 
         Raises:
-            ValueError: If a kind of input that the weights need is None.
+            ValueError: If the routing is of another number of tokens, or a kind of input that the
+                weights need is None.
         """
         return self.launch(inputs, routing, self.tables(routing, tokens), tokens)
 
     def tables(self, routing: Routing, tokens: int) -> TileTables:
-        """The tile tables of a routing; those of a dense product depend on ``tokens`` alone."""
+        """The tile tables of a routing; those of a dense product depend on ``tokens`` alone.
+
+        Raises:
+            ValueError: If the routing is of another number of tokens.
+        """
+        self._check(routing.rows.numel(), tokens)
         work = self._workload(self.plan_for(tokens))
-        limits = {
-            "smallest_tile": min(branch.tokens for spec in work.specs for branch in spec.branches),
-            "target_tiles": work.plan.ctas_per_sm * multiprocessors(self.weights.words.device),
-            "max_split": self._max_split(work.plan, tokens),
-        }
-        bound = tile_bound(tokens, self.top_k, self._columns, **limits)
-        check_bound(tokens, self.top_k, self._columns, bound, **limits)
+        limits = self._limits(work, tokens)
         return tile_tables(
             routing,
             self.weights.problems,
             self.weights.format_index,
             work.shapes,
             launches=len(work.specs),
-            bound=bound,
+            bound=tile_bound(tokens, self.top_k, self._columns, **limits),
             target_tiles=limits["target_tiles"],
             max_split=limits["max_split"],
         )
 
     def launch(self, inputs: Inputs, routing: Routing, tables: TileTables, tokens: int) -> Product:
-        """Multiply by the tiles of a table, one launch for each kernel."""
+        """Multiply by the tiles of a table, one launch for each kernel.
+
+        Raises:
+            ValueError: If the routing is of another number of tokens, the table has no room for
+                so many, or a kind of input that the weights need is None.
+        """
         work = self._workload(self.plan_for(tokens))
         slots, width = routing.rows.numel(), self.weights.out_features
+        self._check(slots, tokens)
+        bound = tables.tiles.shape[1]
+        check_bound(tokens, self.top_k, self._columns, bound, **self._limits(work, tokens))
         device = self.weights.words.device
         y_SN = torch.empty(slots, width, dtype=torch.bfloat16, device=device)
         partial = None
@@ -170,12 +178,27 @@ class GroupGemm:
             "stride_slice": slots * width,
             **_input_arguments(inputs),
         }
-        bound = tables.tiles.shape[1]
         for index, (spec, kernel) in enumerate(zip(work.specs, work.kernels, strict=True)):
             arguments["tiles_ptr"] = tables.tiles[index]
             arguments["tile_count_ptr"] = tables.counts[index:]
             _launch(kernel, spec, bound, arguments)
         return Product(y_SN, partial, tables.splits)
+
+    def _check(self, slots: int, tokens: int) -> None:
+        # Programs are launched for the tiles of these tokens: more would stay without a result.
+        if slots != tokens * self.top_k:
+            raise ValueError(
+                f"a routing of {slots} assignments is not one of {tokens} tokens with {self.top_k} "
+                "experts each; pass the tokens of the routing"
+            )
+
+    def _limits(self, work: _Workload, tokens: int) -> dict[str, int]:
+        """What the tile table of so many tokens depends on, beside their routing."""
+        return {
+            "smallest_tile": min(branch.tokens for spec in work.specs for branch in spec.branches),
+            "target_tiles": work.plan.ctas_per_sm * multiprocessors(self.weights.words.device),
+            "max_split": self._max_split(work.plan, tokens),
+        }
 
     def _max_split(self, plan: TilePlan, tokens: int) -> int:
         small = tokens * self.top_k <= SPLIT_ROWS
@@ -261,7 +284,8 @@ def _launch(
     for name in signature(spec):
         value = arguments[name]
         if value is None:
-            raise ValueError(f"a weight needs the input {name}, which was not made; make it too")
+            kind = name.removesuffix("_ptr")
+            raise ValueError(f"a weight needs the input {kind!r}, which is None; make it too")
         values.append(value)
     options: dict[str, int] = {"num_warps": spec.num_warps}
     if spec.max_registers is not None:
