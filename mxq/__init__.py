@@ -6,10 +6,11 @@ Importing mxq registers its checkpoint format, so that
 
 from mxq.api import quantize
 from mxq.checkpoint import load as _registers_the_format
+from mxq.checkpoint.engine import set_engine
 from mxq.scheme import Scheme
 
 __version__ = "0.1.0"
 
-__all__ = ["Scheme", "__version__", "quantize"]
+__all__ = ["Scheme", "__version__", "quantize", "set_engine"]
 
 del _registers_the_format
