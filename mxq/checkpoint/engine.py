@@ -20,6 +20,7 @@ class PackedModule(Protocol):
     """A module with packed weights that has a number, so that an operator can find it."""
 
     engine: Engine
+    declined: bool
     handle: int
 
     def compute(self, *inputs: Tensor) -> Tensor:
@@ -54,6 +55,7 @@ def set_engine(model: nn.Module, engine: Engine) -> int:
         raise ValueError("the model has no packed module; load a checkpoint written by mxq")
     for module in packed:
         cast(PackedModule, module).engine = engine
+        cast(PackedModule, module).declined = False
     return len(packed)
 
 

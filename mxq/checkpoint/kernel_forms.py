@@ -6,16 +6,16 @@ tensors of the files are let go only when the kernel form of the whole layer is 
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, cast, get_args
+from typing import TYPE_CHECKING, NamedTuple, Protocol, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from mxq.models.experts import Experts
+from mxq.numerics import QuantizedWeight
 from mxq.scheme import Scheme
 
 if TYPE_CHECKING:
-    from mxq.checkpoint.modules import MxqExperts, MxqLinear
     from mxq.kernels.arena import GroupedWeights
     from mxq.kernels.layer import ExpertLayer, Gate, LinearLayer
 
@@ -23,28 +23,50 @@ GateFunction = Callable[[Tensor], Tensor]
 """Results of the first product, [S, 2 I] (or [S, I] without a gate), to the inner activation."""
 
 
+class PackedLinear(Protocol):
+    """What is needed of a linear with a packed weight."""
+
+    scheme: Scheme
+    out_features: int
+    in_features: int
+    rotated: bool
+    bias: nn.Parameter | None
+
+    def quantized(self) -> QuantizedWeight:
+        """Codes, scales and zeros."""
+
+    def move_to_arena(self, arena: "GroupedWeights", index: int) -> None:
+        """Leave the weight to the kernels' copy."""
+
+
 class _Part(NamedTuple):
     """A linear, the first column of its output in the product, and the expert it belongs to."""
 
-    linear: "MxqLinear"
+    linear: PackedLinear
     column: int
     expert: int
 
 
-def build_linear(linear: "MxqLinear", dtype: torch.dtype) -> "LinearLayer | None":
-    """The kernel form of a linear; None, after a warning, if there is none."""
-    arenas = _build(linear, [[_Part(linear, 0, 0)]], dtype)
+def build_linear(linear: nn.Module, dtype: torch.dtype) -> "LinearLayer | None":
+    """The kernel form of a packed linear; None, after a warning, if there is none."""
+    packed = cast(PackedLinear, linear)
+    arenas = _build(linear, [[_Part(packed, 0, 0)]], dtype)
     if arenas is None:
         return None
     from mxq.kernels.layer import LinearLayer
 
-    return LinearLayer(arenas[0], is_rotated=linear.rotated)
+    return LinearLayer(arenas[0], is_rotated=packed.rotated)
 
 
-def build_experts(experts: "MxqExperts", dtype: torch.dtype) -> "ExpertLayer | None":
-    """The kernel form of the experts of a layer; None, after a warning, if there is none."""
+def build_experts(
+    experts: nn.Module, count: int, is_rotated: bool, dtype: torch.dtype
+) -> "ExpertLayer | None":
+    """The kernel form of the packed experts of a layer; None, after a warning, if there is none.
+
+    Expert e is the child named ``str(e)``, with a packed linear for each projection.
+    """
     flags = cast(Experts, experts)
-    arenas = _build(experts, _expert_parts(experts), dtype)
+    arenas = _build(experts, _expert_parts(experts, count), dtype)
     if arenas is None:
         return None
     from mxq.kernels.layer import ExpertLayer
@@ -52,7 +74,7 @@ def build_experts(experts: "MxqExperts", dtype: torch.dtype) -> "ExpertLayer | N
     after = flags.post_expert_norm if flags.has_post_expert_norm else None
     gate = recognise_gate(gate_function(flags), flags.has_gate, after)
     first, second = arenas
-    return ExpertLayer(first, second, gate, is_rotated=experts.rotated)
+    return ExpertLayer(first, second, gate, is_rotated=is_rotated)
 
 
 def gate_function(flags: Experts) -> GateFunction:
@@ -111,16 +133,17 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _expert_parts(experts: "MxqExperts") -> list[list[_Part]]:
+def _expert_parts(experts: nn.Module, count: int) -> list[list[_Part]]:
     """The linears of the two products, in the order of their problems."""
     inner = ("gate", "up") if cast(Experts, experts).has_gate else ("up",)
     first, second = [], []
-    for expert in range(experts.experts):
+    for expert in range(count):
         linears = experts.get_submodule(str(expert))
         for place, name in enumerate(inner):
-            linear = cast("MxqLinear", getattr(linears, f"{name}_proj"))
+            linear = cast(PackedLinear, linears.get_submodule(f"{name}_proj"))
             first.append(_Part(linear, place * linear.out_features, expert))
-        second.append(_Part(cast("MxqLinear", linears.down_proj), 0, expert))
+        down = cast(PackedLinear, linears.get_submodule("down_proj"))
+        second.append(_Part(down, 0, expert))
     return [first, second]
 
 
@@ -132,7 +155,8 @@ def _build(
     reason = _refusal(module, schemes, dtype)
     if reason is None:
         try:
-            arenas = [_arena(parts) for parts in products]
+            device = next(module.parameters()).device
+            arenas = [_arena(parts, device) for parts in products]
         except torch.OutOfMemoryError:
             reason = "the GPU has no memory left for the kernels' form of a layer"
     if reason is not None:
@@ -144,7 +168,7 @@ def _build(
     return arenas
 
 
-def _arena(parts: Sequence[_Part]) -> "GroupedWeights":
+def _arena(parts: Sequence[_Part], device: torch.device) -> "GroupedWeights":
     from mxq.kernels.arena import Problem, WeightSize, group_weights
 
     sizes = [
@@ -154,7 +178,7 @@ def _arena(parts: Sequence[_Part]) -> "GroupedWeights":
         Problem(part.linear.quantized(), part.column, part.expert, part.linear.bias)
         for part in parts
     )
-    return group_weights(problems, sizes, device=next(parts[0].linear.parameters()).device)
+    return group_weights(problems, sizes, device=device)
 
 
 def _refusal(module: nn.Module, schemes: set[Scheme], dtype: torch.dtype) -> str | None:

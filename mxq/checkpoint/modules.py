@@ -70,6 +70,7 @@ class MxqLinear(nn.Module):
         self.engine: Engine = "auto"
         self.arena: tuple[GroupedWeights, int] | None = None
         self.layer: LinearLayer | None = None
+        self.declined = False
         self.handle = register(self)
         _keep_form_of_files(self)
 
@@ -115,8 +116,9 @@ class MxqLinear(nn.Module):
 
     def compute(self, x: Tensor) -> Tensor:
         """The output by kernels where they can serve, else by a decoded weight."""
-        if self.layer is None and self.engine != "decoded":
+        if self.layer is None and not self.declined:
             self.layer = build_linear(self, x.dtype)
+            self.declined = self.layer is None
         if self.layer is None:
             return self.decoded(x)
         return self.layer(x.to(torch.bfloat16)).to(x.dtype)
@@ -133,6 +135,7 @@ class MxqLinear(nn.Module):
             for suffix, tensor in to_tensors(self.quantized()).items():
                 self.get_parameter(suffix).data = tensor
         self.arena = self.layer = None
+        self.declined = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MxqLinear":
         self.restore()
@@ -192,6 +195,7 @@ class MxqExperts(nn.Module):
         self.rotated = rotated
         self.engine: Engine = "auto"
         self.layer: ExpertLayer | None = None
+        self.declined = False
         self.handle = register(self)
         _keep_form_of_files(self)
 
@@ -201,8 +205,9 @@ class MxqExperts(nn.Module):
 
     def compute(self, hidden_TH: Tensor, index_TR: Tensor, weights_TR: Tensor) -> Tensor:
         """The output by kernels where they can serve, else by decoded weights."""
-        if self.layer is None and self.engine != "decoded":
-            self.layer = build_experts(self, hidden_TH.dtype)
+        if self.layer is None and not self.declined:
+            self.layer = build_experts(self, self.experts, self.rotated, hidden_TH.dtype)
+            self.declined = self.layer is None
         if self.layer is None:
             return self.decoded(hidden_TH, index_TR, weights_TR)
         out_TH = self.layer(hidden_TH.to(torch.bfloat16), index_TR, weights_TR)
@@ -214,7 +219,11 @@ class MxqExperts(nn.Module):
 
         def output(expert: int, x_TH: Tensor) -> Tensor:
             parts = self.get_submodule(str(expert))
-            return expert_output(flags, lambda p, x: getattr(parts, f"{p}_proj")(x), x_TH)
+
+            def linear(projection: str, x_TK: Tensor) -> Tensor:
+                return cast(MxqLinear, parts.get_submodule(f"{projection}_proj")).decoded(x_TK)
+
+            return expert_output(flags, linear, x_TH)
 
         return route(hidden_TH, index_TR, weights_TR, self.experts, output)
 
@@ -224,6 +233,7 @@ class MxqExperts(nn.Module):
             if isinstance(module, MxqLinear):
                 module.restore()
         self.layer = None
+        self.declined = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MxqExperts":
         self.restore()
