@@ -14,6 +14,7 @@ its result is [128 outputs, tokens]; weights are read once whatever the number o
 
 import hashlib
 import importlib.util
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -93,11 +94,13 @@ def build(spec: KernelSpec, folder: Path) -> ModuleType:
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Several processes may build the same kernel: each moves a whole file of its own into place.
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", newline="\n", dir=path.parent, prefix=path.stem, delete=False
-    ) as part:
-        part.write(text)
-    Path(part.name).replace(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as part:
+            part.write(text)
+        Path(name).replace(path)
+    finally:
+        Path(name).unlink(missing_ok=True)
 
 
 def _render_entry(spec: KernelSpec) -> str:
