@@ -121,8 +121,9 @@ def test_scales_are_multiplied_with_one_rounding():
     generator = torch.Generator().manual_seed(0)
     # Products of two bfloat16 are exact in float32, so torch rounds once here.
     w = torch.randint(-255, 256, (128, 128), generator=generator).to(torch.bfloat16)
-    patterns = torch.randint(1, 0x7C00, (128, 1), generator=generator).to(torch.int16)
-    scale = patterns.view(torch.float16).to(torch.bfloat16)
+    patterns = torch.randint(1, 0x7C00, (128, 1), generator=generator)
+    patterns |= torch.randint(2, (128, 1), generator=generator) << 15  # its sign, which 0 takes too
+    scale = patterns.to(torch.int16).view(torch.float16).to(torch.bfloat16)
     emulator, scale_bf16 = helper("scale_bf16")
     arguments = [Value(x.view(torch.int16).numpy().view(np.uint16), "bf16") for x in (w, scale)]
     found, expected = as_torch(scale_bf16(*arguments)), w * scale.float()
