@@ -26,6 +26,9 @@ class PackedModule(Protocol):
     def compute(self, *inputs: Tensor) -> Tensor:
         """The module's output, by kernels or by decoding."""
 
+    def prepare(self) -> None:
+        """Make the kernel form, where kernels can serve."""
+
 
 # An operator's arguments are tensors and numbers: a module goes by its number. Entries die with
 # their modules, and numbers are never used again.
@@ -43,20 +46,46 @@ def register(module: nn.Module) -> int:
 def set_engine(model: nn.Module, engine: Engine) -> int:
     """Choose how the packed modules of a model compute; returns how many there are.
 
-    "kernels" takes them wherever they can run, also in Triton's interpreter on a CPU.
+    "kernels" takes them wherever they can run, also in Triton's interpreter on a CPU. The kernel
+    forms of modules on a GPU are made at once, as ``from_pretrained`` does; after moving a model,
+    call this before recording a CUDA graph.
 
     Raises:
         ValueError: If there is no such engine, or the model has no packed module.
     """
     if engine not in get_args(Engine):
         raise ValueError(f"no engine {engine!r}; choose one of {', '.join(get_args(Engine))}")
-    packed = [module for module in model.modules() if module.__dict__.get("handle") is not None]
+    packed = packed_modules(model)
     if not packed:
         raise ValueError("the model has no packed module; load a checkpoint written by mxq")
     for module in packed:
-        cast(PackedModule, module).engine = engine
-        cast(PackedModule, module).declined = False
+        module.engine = engine
+        module.declined = False
+    prepare_kernels(model)
     return len(packed)
+
+
+def prepare_kernels(model: nn.Module) -> None:
+    """Make the kernel forms of the packed modules that are on a GPU and may use them."""
+    held: set[int] = set()
+    for module in packed_modules(model):
+        # The linears of a layer's experts come after it and belong to it.
+        if id(module) in held:
+            continue
+        own = cast(nn.Module, module)
+        held |= {id(child) for child in own.modules()}
+        is_on_gpu = all(tensor.device.type == "cuda" for tensor in own.parameters())
+        if module.engine != "decoded" and is_on_gpu:
+            module.prepare()
+
+
+def packed_modules(model: nn.Module) -> list[PackedModule]:
+    """The packed modules of a model, parents before their children."""
+    return [
+        cast(PackedModule, module)
+        for module in model.modules()
+        if module.__dict__.get("handle") is not None
+    ]
 
 
 def wants_kernels(engine: Engine, x: Tensor) -> bool:

@@ -16,6 +16,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from mxq.checkpoint.engine import prepare_kernels
 from mxq.checkpoint.format import QUANT_METHOD, CheckpointPlan
 from mxq.checkpoint.modules import MxqExperts, packed_linear
 from mxq.models.experts import is_fused_experts
@@ -62,6 +63,12 @@ class MxqQuantizer(HfQuantizer):
         check_files(plan, paths)
         swap_modules(model, plan, dtype or torch.get_default_dtype())
         check_tensors(model, paths)
+        return model
+
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **unused: Any
+    ) -> PreTrainedModel:
+        prepare_kernels(model)
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:

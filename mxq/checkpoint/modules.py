@@ -116,12 +116,16 @@ class MxqLinear(nn.Module):
 
     def compute(self, x: Tensor) -> Tensor:
         """The output by kernels where they can serve, else by a decoded weight."""
-        if self.layer is None and not self.declined:
-            self.layer = build_linear(self, x.dtype)
-            self.declined = self.layer is None
+        self.prepare()
         if self.layer is None:
             return self.decoded(x)
         return self.layer(x.to(torch.bfloat16)).to(x.dtype)
+
+    def prepare(self) -> None:
+        """Make the kernel form, unless it is there or kernels cannot serve."""
+        if self.layer is None and not self.declined:
+            self.layer = build_linear(self, self.compute_dtype)
+            self.declined = self.layer is None
 
     def move_to_arena(self, arena: "GroupedWeights", index: int) -> None:
         """Leave the weight to the kernels' copy and empty the tensors of the file."""
@@ -139,6 +143,7 @@ class MxqLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MxqLinear":
         self.restore()
+        self.compute_dtype = _dtype_after(fn, self.compute_dtype)
         stored = {id(self.get_parameter(suffix)) for suffix in self.stored}
 
         def move_only(tensor: Tensor) -> Tensor:
@@ -192,7 +197,7 @@ class MxqExperts(nn.Module):
             self.add_module(
                 str(expert), _packed_expert(original, expert, schemes, rotated, compute_dtype)
             )
-        self.rotated = rotated
+        self.rotated, self.compute_dtype = rotated, compute_dtype
         self.engine: Engine = "auto"
         self.layer: ExpertLayer | None = None
         self.declined = False
@@ -205,13 +210,17 @@ class MxqExperts(nn.Module):
 
     def compute(self, hidden_TH: Tensor, index_TR: Tensor, weights_TR: Tensor) -> Tensor:
         """The output by kernels where they can serve, else by decoded weights."""
-        if self.layer is None and not self.declined:
-            self.layer = build_experts(self, self.experts, self.rotated, hidden_TH.dtype)
-            self.declined = self.layer is None
+        self.prepare()
         if self.layer is None:
             return self.decoded(hidden_TH, index_TR, weights_TR)
         out_TH = self.layer(hidden_TH.to(torch.bfloat16), index_TR, weights_TR)
         return out_TH.to(hidden_TH.dtype)
+
+    def prepare(self) -> None:
+        """Make the kernel form, unless it is there or kernels cannot serve."""
+        if self.layer is None and not self.declined:
+            self.layer = build_experts(self, self.experts, self.rotated, self.compute_dtype)
+            self.declined = self.layer is None
 
     def decoded(self, hidden_TH: Tensor, index_TR: Tensor, weights_TR: Tensor) -> Tensor:
         """The output by the weights of one expert after the other, decoded."""
@@ -237,6 +246,7 @@ class MxqExperts(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MxqExperts":
         self.restore()
+        self.compute_dtype = _dtype_after(fn, self.compute_dtype)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it so
         return self
 
@@ -308,6 +318,11 @@ def packed_linear(
         rotated=rotated,
         compute_dtype=compute_dtype,
     )
+
+
+def _dtype_after(fn: Callable[[Tensor], Tensor], dtype: torch.dtype) -> torch.dtype:
+    """The type that a move or cast of the module gives to floats of that type."""
+    return fn(torch.empty(0, dtype=dtype)).dtype
 
 
 def _dtype_of(bias: Tensor | None) -> torch.dtype | None:

@@ -5,6 +5,7 @@ number of tokens, which the host knows; which expert got how many stays on the d
 """
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil, log2
@@ -27,6 +28,7 @@ from mxq.kernels.routing import (
     tile_tables,
 )
 from mxq.kernels.spec import (
+    TILE_PLANS,
     Branch,
     Dialect,
     Input,
@@ -112,9 +114,19 @@ class GroupGemm:
         reached = experts * (1 - (1 - min(self.top_k / experts, 1.0)) ** max(tokens, 1))
         return tile_plan(tokens * self.top_k / max(reached, 1.0))
 
-    def prepare(self, tokens: int) -> None:
-        """Write and import the kernels for that many tokens, so that a later call does not."""
-        self._workload(self.plan_for(tokens))
+    def prepare(self, tokens: int | None = None) -> None:
+        """Write and import the kernels for that many tokens, or of every plan; make their tables.
+
+        What later calls keep is then there: memory that a graph's recorder gives must not stay.
+        """
+        for plan in TILE_PLANS if tokens is None else (self.plan_for(tokens),):
+            self._workload(plan)
+
+    def with_top_k(self, top_k: int) -> "GroupGemm":
+        """The same product, kernels and tables for another number of experts of a token."""
+        other = copy(self)
+        other.top_k = top_k
+        return other
 
     def __call__(self, inputs: Inputs, routing: Routing, tokens: int) -> Product:
         """The product of every assignment, by slot.

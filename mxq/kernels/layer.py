@@ -18,8 +18,8 @@ from mxq.kernels.reference import Inputs
 from mxq.kernels.routing import Routing, TileTables, route
 from mxq.kernels.spec import Input
 
-CACHED_SIZES = 64
-"""Numbers of tokens whose tables a linear keeps; more are made again for each call."""
+PREPARED_TOKENS = (*range(1, 9), 12, 16, 24, 32, 48, 64)
+"""Numbers of tokens whose tables a linear has from the start; others are made in each call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,9 @@ class ExpertLayer:
         self.first, self.second, self.gate = first, second, gate
         self.is_rotated, self.launches = is_rotated, launches
         self.experts = int(second.problems[:, 6].max()) + 1
-        self._products: dict[int, tuple[GroupGemm, GroupGemm]] = {}
+        self._gemms = GroupGemm(first, launches=launches), GroupGemm(second, launches=launches)
+        for gemm in self._gemms:
+            gemm.prepare()
 
     def __call__(self, hidden_TH: Tensor, index_TR: Tensor, weights_TR: Tensor) -> Tensor:
         """Weighted sum of each token's experts, bfloat16 [T, H].
@@ -71,7 +73,7 @@ class ExpertLayer:
         tokens, top_k = index_TR.shape
         if tokens == 0:
             return torch.empty_like(hidden_TH)
-        first, second = self._gemms(top_k)
+        first, second = (gemm.with_top_k(top_k) for gemm in self._gemms)
         routing = route(index_TR, self.experts)
         inputs = prepare(
             hidden_TH, self.is_rotated, first.inputs, with_plain=_has_floats(self.first)
@@ -103,14 +105,6 @@ class ExpertLayer:
         z_SN = sum_slices(*results, parts=2 if self.gate.is_gated else 1)
         return prepare(self.gate.function(z_SN), self.is_rotated, kinds, with_plain=with_plain)
 
-    def _gemms(self, top_k: int) -> tuple[GroupGemm, GroupGemm]:
-        if top_k not in self._products:
-            self._products[top_k] = (
-                GroupGemm(self.first, top_k=top_k, launches=self.launches),
-                GroupGemm(self.second, top_k=top_k, launches=self.launches),
-            )
-        return self._products[top_k]
-
 
 class LinearLayer:
     """One linear, bias included: a product of one problem."""
@@ -118,7 +112,11 @@ class LinearLayer:
     def __init__(self, weights: GroupedWeights, *, is_rotated: bool) -> None:
         self.weights, self.is_rotated = weights, is_rotated
         self._gemm = GroupGemm(weights)
-        self._tables: dict[int, tuple[Routing, TileTables]] = {}
+        self._gemm.prepare()
+        device = weights.words.device
+        self._tables = {}
+        if device.type == "cuda":
+            self._tables = {tokens: self._make_tables(tokens, device) for tokens in PREPARED_TOKENS}
 
     def __call__(self, x: Tensor) -> Tensor:
         """``W x + b``, bfloat16 [..., N]."""
@@ -130,24 +128,17 @@ class LinearLayer:
         inputs = prepare(
             x_TK, self.is_rotated, self._gemm.inputs, with_plain=_has_floats(self.weights)
         )
-        routing, tables = self._tables_of(tokens, x.device)
+        routing, tables = self._tables.get(tokens) or self._make_tables(tokens, x.device)
         out = self._gemm.launch(inputs, routing, tables, tokens)
         if out.partial_LSN is None:
             return out.y_SN.reshape(shape)
         y_TN = sum_slices(out.y_SN, out.partial_LSN, out.splits_P, routing.experts)
         return y_TN.reshape(shape)
 
-    def _tables_of(self, tokens: int, device: torch.device) -> tuple[Routing, TileTables]:
+    def _make_tables(self, tokens: int, device: torch.device) -> tuple[Routing, TileTables]:
         """All tokens go to the one problem, so the tables depend on their number alone."""
-        if tokens in self._tables:
-            return self._tables[tokens]
-        everyone = torch.zeros(tokens, 1, dtype=torch.int32, device=device)
-        routing = route(everyone, 1)
-        tables = self._gemm.tables(routing, tokens)
-        # What a graph records is not computed yet, so nothing else may use it.
-        if not _is_recording(device) and len(self._tables) < CACHED_SIZES:
-            self._tables[tokens] = routing, tables
-        return routing, tables
+        routing = route(torch.zeros(tokens, 1, dtype=torch.int32, device=device), 1)
+        return routing, self._gemm.tables(routing, tokens)
 
 
 def _has_floats(weights: GroupedWeights) -> bool:
@@ -157,7 +148,3 @@ def _has_floats(weights: GroupedWeights) -> bool:
 
 def _counting(count: int, device: torch.device) -> Tensor:
     return torch.arange(count, dtype=torch.int32, device=device)
-
-
-def _is_recording(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

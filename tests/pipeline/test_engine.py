@@ -250,6 +250,16 @@ def test_a_float32_model_decodes_with_the_reason(folder):
     assert torch.equal(found, module.decoded(hidden.float(), index, weights))
 
 
+def test_a_model_cast_to_bfloat16_after_loading_uses_kernels(folder):
+    model = load(folder, torch.float32).to(torch.bfloat16)
+    module = next(iter(modules_of(model, MxqExperts).values()))
+    mxq.set_engine(module, "kernels")
+    inputs = routed_input(module.experts, 64)
+    with torch.no_grad():
+        assert distance(module(*inputs), module.decoded(*inputs)) < TOLERANCE
+    assert module.layer is not None
+
+
 def test_a_layer_that_does_not_fit_twice_decodes_with_the_reason(experts, monkeypatch):
     def too_large(*unused):
         raise torch.OutOfMemoryError
