@@ -1,1 +1,1 @@
-"""Parts of ``bench_group_gemm.py``: what is timed, on which weights, against whom, and the goals."""
+"""Parts of ``bench_group_gemm.py``: what is timed, on which weights, beside whom, the goals."""

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from group_gemm.shapes import Model, Plan, expert_counts
-from group_gemm.weights import copies_of, random_group, touched_bytes
 from torch import Tensor
 
+from group_gemm.shapes import Model, Plan, expert_counts
+from group_gemm.weights import copies_of, random_group, touched_bytes
 from mxq.kernels.arena import GroupedWeights
 from mxq.kernels.group_gemm import GroupGemm, Launches, Product
 from mxq.kernels.layer import ExpertLayer, Gate

@@ -124,10 +124,10 @@ def mixes() -> Mapping[str, Mapping[str, Mapping[str, int]]]:
 
 
 def _layer_bits(layer: Mapping[str, Mapping[str, int]]) -> float:
-    """Bits of a weight of a layer of the trained model, whose inputs are 256 wide (128 for down)."""
+    """Bits of a weight of a layer of the trained model: inputs are 256 wide, those of down 128."""
+    width = {"gate": 256, "up": 256, "down": 128}
     bits = [
-        Scheme.parse(name).storage_bits(1, 128 if projection == "down" else 256)
-        / (128 if projection == "down" else 256)
+        Scheme.parse(name).storage_bits(1, width[projection]) / width[projection]
         for projection, counts in layer.items()
         for name, count in counts.items()
         for _ in range(count)
@@ -135,7 +135,9 @@ def _layer_bits(layer: Mapping[str, Mapping[str, int]]) -> float:
     return sum(bits) / len(bits)
 
 
-def _spread(counts: Mapping[str, int], experts: int, shuffler: torch.Generator) -> tuple[Scheme, ...]:
+def _spread(
+    counts: Mapping[str, int], experts: int, shuffler: torch.Generator
+) -> tuple[Scheme, ...]:
     """Schemes for ``experts`` experts in the proportions of ``counts``, in a seeded order."""
     total = sum(counts.values())
     shares = {name: experts * count / total for name, count in counts.items()}
