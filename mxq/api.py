@@ -16,6 +16,7 @@ from mxq.config import (
     QuantizeOptions,
     parse_size,
 )
+from mxq.latency import profile_folder
 from mxq.pipeline import QuantizeResult, run_quantize
 from mxq.profiling.sensitivity import SENSITIVITY, Sensitivity
 from mxq.progress import Report
@@ -87,7 +88,7 @@ def quantize(  # noqa: PLR0913  (each option stands alone and has a default)
         objective: "loss" for the whole model, or "mxmoe" for ``L^r T^(1-r)`` layer by layer.
         r: Exponent of the mxmoe objective.
         solver: "pulp" or "lagrangian".
-        device: Device of latencies, by name or JSON file.
+        device: Device of latencies, by name, or the JSON file of a device or of a profile.
         tokens: Tokens of one step, for latencies.
         max_latency_us: Most microseconds of all blocks for one step.
         work: Folder of the stages' results; None is ``work`` in the output folder.
@@ -117,6 +118,7 @@ def quantize(  # noqa: PLR0913  (each option stands alone and has a default)
             device=device,
             tokens=tokens,
             max_latency_us=max_latency_us,
+            profiles=profile_folder(None),
         ),
         output=OutputOptions(Path(output), None if work is None else Path(work), overwrite, guard),
         calibration=CalibrationOptions(

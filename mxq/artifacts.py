@@ -96,3 +96,45 @@ class Allocation:
     def bits_per_weight(self) -> float:
         """Stored bits of the blocks, metadata included, per weight."""
         return self.storage_bits / self.weights
+
+
+@dataclass(frozen=True, slots=True)
+class KernelCase:
+    """A launch of a kernel with one format: ``experts`` products of ``tokens`` tokens each.
+
+    ``tile`` is the kernel's tile in tokens, ``copies`` the number of copies of the weights that the
+    launch goes round, so that none is in a cache. No tokens at all is a launch without tiles.
+    """
+
+    scheme: Scheme
+    tile: int
+    experts: int
+    tokens: int
+    out_features: int
+    in_features: int
+    copies: int = 1
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a launch of nothing."""
+        sizes = (self.tile, self.experts, self.out_features, self.in_features, self.copies)
+        if min(sizes) < 1 or self.tokens < 0:
+            raise ValueError(f"a launch of {self.scheme} without products, sizes or copies")
+
+
+@dataclass(frozen=True, slots=True)
+class KernelTiming:
+    """How long a launch took: percentiles over ``count`` replays."""
+
+    case: KernelCase
+    count: int
+    median_us: float
+    p10_us: float
+    p90_us: float
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what no clock shows."""
+        if self.count < 1 or not 0 < self.p10_us <= self.median_us <= self.p90_us < 1e9:
+            raise ValueError(
+                f"{self.p10_us:g}, {self.median_us:g}, {self.p90_us:g} us are not percentiles of "
+                f"{self.count} times of {self.case.scheme}"
+            )

@@ -1,5 +1,6 @@
 """The command line: options in, the pipeline, tables out. No logic of its own."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Annotated, TypeVar
 import typer
 from transformers.utils import logging
 
-from mxq import pipeline, tables
+from mxq import latency, latency_tables, pipeline, tables
 from mxq.config import (
     AllocateOptions,
     CalibrationOptions,
@@ -16,6 +17,8 @@ from mxq.config import (
     ModelOptions,
     OutputOptions,
     QuantizeOptions,
+    TuneOptions,
+    parse_shapes,
     parse_size,
 )
 from mxq.progress import progress_display
@@ -128,6 +131,7 @@ def quantize(
                 device,
                 tokens,
                 None if max_latency is None else 1000 * max_latency,
+                _profiles(),
             ),
             OutputOptions(output, work, overwrite, guard),
             _calibration(model, calibration, samples, seqlen, seed, expert_floor),
@@ -232,10 +236,55 @@ def allocate(
             device,
             tokens,
             None if max_latency is None else 1000 * max_latency,
+            _profiles(),
         )
         space = Workspace(work)
         plans = pipeline.plan_again(space, options)
-        tables.show_plans(plans, space.sensitivity())
+        table = space.sensitivity()
+        tables.show_plans(plans, table)
+        report = pipeline.latency_of(table, plans, options)
+        if report is not None:
+            latency_tables.show_latency(report, plans)
+
+    _guarded(run)
+
+
+@app.command()
+def tune(
+    source: Annotated[
+        str | None, typer.Argument(help="Work folder or model with the shapes to time.")
+    ] = None,
+    schemes: Schemes = None,
+    shapes: Annotated[
+        str | None, typer.Option(help="Shapes instead: OUTPUTSxINPUTS,OUTPUTSxINPUTS.")
+    ] = None,
+    plans: Annotated[str | None, typer.Option(help="decode, middle, prefill; default all.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Device file of the GPU; default by the driver's name.")
+    ] = None,
+    replays: Annotated[int, typer.Option(help="Times that each launch is timed.")] = 20,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder; default the user's cache.")
+    ] = None,
+) -> None:
+    """Time the kernels on this machine's GPU; --device then finds the profile by the GPU's name."""
+
+    def run() -> None:
+        if source is not None and shapes is not None:
+            raise ValueError("give a folder with shapes or --shapes, not both")
+        options = TuneOptions(
+            _schemes(schemes),
+            tuple(plans.split(",")) if plans else (),
+            device,
+            output or _profiles(),
+            replays,
+        )
+        wanted = parse_shapes(shapes) if shapes is not None else ()
+        if source is not None:
+            wanted = pipeline.shapes_of(source)
+        with progress_display() as report:
+            result = latency.run_tune(options, shapes=wanted, report=report)
+        latency_tables.show_tuning(result)
 
     _guarded(run)
 
@@ -276,6 +325,10 @@ def _guarded(run: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         tables.show_error("interrupted; the same command goes on from the last finished stage")
         sys.exit(130)
+
+
+def _profiles() -> Path:
+    return latency.profile_folder(os.environ.get("XDG_CACHE_HOME"))
 
 
 def _schemes(text: str | None) -> tuple[Scheme, ...]:

@@ -5,13 +5,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mxq.kernels.spec import TILE_PLANS
 from mxq.scheme import Scheme, parse_schemes
 
 SCOPES = ("auto", "experts", "all")
 ROTATIONS = ("auto", "on", "off")
 GRANULARITIES = ("block", "expert", "projection", "layer")
 OBJECTIVES = ("loss", "mxmoe")
+PLANS = tuple(plan.name for plan in TILE_PLANS)
 
+_SHAPE = re.compile(r"\s*([1-9]\d*)x([1-9]\d*)\s*", re.ASCII)
 _SIZE = re.compile(r"\s*([0-9.]+)\s*(B|kB|MB|GB|TB|KiB|MiB|GiB|TiB)\s*")
 _UNITS: Mapping[str, int] = {
     **{unit: 1000**power for power, unit in enumerate(("B", "kB", "MB", "GB", "TB"))},
@@ -87,7 +90,8 @@ class AllocateOptions:
     """The budget and the rules of the plan. Exactly one of bits, size and plan is given.
 
     ``bits`` counts every stored bit of the quantized blocks per weight; ``size_bytes`` is that
-    of all weight files and their index; ``plan`` forces ``uniform:SCHEME``.
+    of all weight files and their index; ``plan`` forces ``uniform:SCHEME``. ``profiles`` is the
+    folder of measured profiles of devices.
     """
 
     bits: float | None = None
@@ -102,6 +106,7 @@ class AllocateOptions:
     device: str | None = None
     tokens: int | None = None
     max_latency_us: float | None = None
+    profiles: Path | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError for choices that do not exist, contradict or are out of range."""
@@ -181,6 +186,27 @@ class OutputOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class TuneOptions:
+    """What ``mxq tune`` times, and where the profile goes.
+
+    ``schemes`` and ``plans`` empty mean the default ones, ``device`` None the one that the driver
+    names, ``output`` None the user's cache.
+    """
+
+    schemes: tuple[Scheme, ...] = ()
+    plans: tuple[str, ...] = ()
+    device: str | None = None
+    output: Path | None = None
+    replays: int = 20
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a plan that does not exist or too few replays."""
+        for name in self.plans:
+            check_choice("plan", name, PLANS)
+        check_at_least("replays", self.replays, 1)
+
+
+@dataclass(frozen=True, slots=True)
 class QuantizeOptions:
     """Everything that ``mxq quantize`` takes."""
 
@@ -204,6 +230,21 @@ def parse_size(text: str) -> int:
         return int(float(match[1]) * _UNITS[match[2]])
     except ValueError as error:
         raise ValueError(f"size {text!r} does not start with a number") from error
+
+
+def parse_shapes(text: str) -> tuple[tuple[int, int], ...]:
+    """Output and input features of products like ``2816x2048,2048x1408``.
+
+    Raises:
+        ValueError: If it is not a list of two numbers each.
+    """
+    shapes = []
+    for part in text.split(","):
+        match = _SHAPE.fullmatch(part)
+        if match is None:
+            raise ValueError(f"shape {part!r} is not of the form OUTPUTSxINPUTS, e.g. 2816x2048")
+        shapes.append((int(match[1]), int(match[2])))
+    return tuple(shapes)
 
 
 def default_schemes(widths: set[int]) -> tuple[Scheme, ...]:

@@ -5,13 +5,14 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from mxq.artifacts import Allocation, BlockInfo, SensitivityTable
+from mxq.blocks import LinearBlock
 from mxq.checkpoint.pack import PackReport, pack
 from mxq.checkpoint.size import block_budget
 from mxq.choices import Choices, measure_settings
@@ -25,6 +26,7 @@ from mxq.config import (
 )
 from mxq.demo import model_path
 from mxq.heldout import MeasuredLoss, measure_loss
+from mxq.latency import LatencyReport, latency_report, load_pricing
 from mxq.models.adapter import ModelAdapter
 from mxq.models.source import open_source
 from mxq.models.sweep import make_batches
@@ -39,7 +41,6 @@ from mxq.profiling.measure import measure
 from mxq.progress import Report
 from mxq.publish import check_apart, check_output, publish
 from mxq.search.allocate import allocate, best_uniform, check_solved_on, next_uniform, uniform
-from mxq.search.cost import CostModel, load_device
 from mxq.workspace import (
     CalibrationTokens,
     RunSettings,
@@ -308,14 +309,16 @@ def plan(
 
     ``adapter`` is needed for a budget of the whole checkpoint only.
     """
+    cost = None
+    if options.device is not None:
+        cost = load_pricing(options.device, options.profiles).cost
     forced = options.forced_scheme()
     if forced is not None:
-        return {"plan": uniform(table, forced)}
+        return {"plan": uniform(table, forced, cost_model=cost, tokens=options.tokens)}
     limit = None
     if options.size_bytes is not None:
         assert adapter is not None
         limit = block_budget(adapter, options.size_bytes)
-    cost = None if options.device is None else CostModel(load_device(options.device))
     chosen = allocate(
         table,
         bits=options.bits,
@@ -341,6 +344,31 @@ def plan(
         max_latency_us=options.max_latency_us,
     )
     return {"plan": chosen} if beside is None else {"plan": chosen, "uniform": beside}
+
+
+def latency_of(
+    table: SensitivityTable, plans: Mapping[str, Allocation], options: AllocateOptions
+) -> LatencyReport | None:
+    """What is known of the time of these plans; None if no device was named."""
+    if options.device is None or options.tokens is None:
+        return None
+    pricing = load_pricing(options.device, options.profiles)
+    return latency_report(table, plans, pricing, options.tokens)
+
+
+def shapes_of(source: str) -> tuple[tuple[int, int], ...]:
+    """Output and input features of the blocks of a work folder or a model, each pair once.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    work = Workspace(Path(source))
+    blocks: Sequence[BlockInfo | LinearBlock]
+    if work.path("sensitivity").is_file():
+        blocks = work.sensitivity().blocks
+    else:
+        blocks = open_adapter(ModelOptions(source)).blocks()
+    return tuple(sorted({(block.out_features, block.in_features) for block in blocks}))
 
 
 def _pack(

@@ -24,7 +24,7 @@ NARROWEST = 100
 
 def show_result(result: QuantizeResult) -> None:
     """The plan, what it lost, the uniform plan beside it, and what was written."""
-    console = _console()
+    console = make_console()
     chosen = result.plans[result.written]
     show_allocation(chosen, result.blocks)
     console.print(comparison(result))
@@ -60,12 +60,12 @@ def show_plans(plans: Mapping[str, Allocation], table: SensitivityTable) -> None
             f"{plan.bound:.6g}" if plan.proven else f"{plan.bound:.6g} (not proven)",
             _latency(plan),
         )
-    _console().print(summary)
+    make_console().print(summary)
 
 
 def show_allocation(plan: Allocation, blocks: Sequence[BlockInfo]) -> None:
     """Bits by layer and projection, and how many blocks have each scheme."""
-    console = _console()
+    console = make_console()
     console.print(bits_table(plan, blocks))
     console.print(scheme_table(plan, blocks))
 
@@ -178,7 +178,7 @@ def show_profile(stats: ActivationStats) -> None:
             f"{site.coactivation_entropy:.3f}",
             f"{site.coactivation_entropy_max:.3f}",
         )
-    console = _console()
+    console = make_console()
     console.print(table)
     console.print(f"Domains: {', '.join(stats.domains)}")
     console.print(
@@ -197,7 +197,7 @@ def show_sensitivity(table: SensitivityTable) -> None:
         bits = sum(scheme.storage_bits(b.out_features, b.in_features) for b in table.blocks)
         loss = sum(row[place] for row in table.loss)
         shown.add_row(str(scheme), f"{bits / weights:.4f}", f"{loss:.6g}")
-    _console().print(shown)
+    make_console().print(shown)
 
 
 def show_folder(folder: Path) -> None:
@@ -214,7 +214,7 @@ def show_folder(folder: Path) -> None:
     if not space.path("settings").is_file():
         raise ValueError(f"{folder} is neither an mxq checkpoint nor a work folder of mxq")
     settings = space.settings()
-    _console().print(f"Work folder for {settings.model.model}, {settings.calibration.spec}")
+    make_console().print(f"Work folder for {settings.model.model}, {settings.calibration.spec}")
     if space.path("profile").is_file():
         show_profile(space.profile())
     if space.path("sensitivity").is_file():
@@ -229,7 +229,7 @@ def show_error(message: str) -> None:
 
 
 def _show_checkpoint(plan: Allocation, folder: Path) -> None:
-    console = _console()
+    console = make_console()
     counts = Counter(str(scheme) for scheme in plan.schemes.values())
     console.print(f"{folder}: {plan.description}")
     console.print(
@@ -240,7 +240,8 @@ def _show_checkpoint(plan: Allocation, folder: Path) -> None:
         console.print(f"  {count:6d} blocks {scheme}")
 
 
-def _console() -> Console:
+def make_console() -> Console:
+    """The terminal, or a page wide enough for the tables."""
     console = Console()
     return console if console.is_terminal else Console(width=max(console.width, NARROWEST))
 

@@ -5,7 +5,8 @@
 """
 
 from mxq.search.allocate import allocate, best_uniform, pareto, uniform
-from mxq.search.cost import CostModel, Device, LatencyModel, load_device, storage_cost
+from mxq.search.cost import CostModel, LatencyModel, storage_cost
+from mxq.search.device import Device, load_device
 from mxq.search.granularity import GRANULARITIES
 from mxq.search.problem import (
     AllocationProblem,

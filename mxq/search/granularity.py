@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from mxq.artifacts import BlockInfo
 
-_GATE_UP = frozenset({"gate", "up", "gate_proj", "up_proj"})
+GATE_UP = frozenset({"gate", "up", "gate_proj", "up_proj"})
 
 
 def _of_expert(block: BlockInfo) -> str:
@@ -49,7 +49,7 @@ def _merged(blocks: Sequence[BlockInfo], labels: Sequence[str]) -> tuple[str, ..
 
     partner: dict[str, str] = {}
     for block, label in zip(blocks, labels, strict=True):
-        if block.projection in _GATE_UP:
+        if block.projection in GATE_UP:
             parent = block.name.rpartition(".")[0]
             joined[root(label)] = root(partner.setdefault(parent, label))
     return tuple(root(label) for label in labels)

@@ -49,10 +49,10 @@ LEVELS = {
     "workspace": 4,
     "api": 7,
     "pipeline": 6,
-    "latency_tables": 7,
+    "latency_tables": 8,
     "tables": 7,
-    "cli": 8,
-    "__main__": 9,
+    "cli": 9,
+    "__main__": 10,
 }
 
 FILE_LINES_LIMIT = 400

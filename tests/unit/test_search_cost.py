@@ -1,12 +1,15 @@
 """What blocks cost: storage against the scheme's own count, latency by hand."""
 
 import json
+from dataclasses import fields
 
 import pytest
 
 from mxq.artifacts import BlockInfo
 from mxq.scheme import Scheme, parse_schemes
 from mxq.search import CostModel, Device, load_device, storage_cost
+from mxq.search.device import device_names, device_of_gpu
+from mxq.search.kernel_cost import multiprocessor_of
 
 DEVICES = ("a100", "h100", "h200", "rtx4090")
 
@@ -89,8 +92,27 @@ def test_each_number_of_a_device_has_a_source(name):
     device = load_device(name)
     assert device.tflop_s["bf16"] > 0
     assert device.sm_count > 100
-    assert {"bandwidth_gb_s", "sm_count", "launch_us", *device.tflop_s} == set(device.sources)
+    numbers = {field.name for field in fields(device.multiprocessor)}
+    numbers |= {"bandwidth_gb_s", "sm_count", "launch_us", *device.tflop_s}
+    assert numbers == set(device.sources)
     assert all(device.sources.values())
+
+
+def test_a_gpu_is_known_by_the_name_that_its_driver_has_for_it():
+    assert device_of_gpu("NVIDIA H200").name == "NVIDIA H200 SXM"
+    with pytest.raises(ValueError, match="no device file names the GPU 'NVIDIA B200'; write one"):
+        device_of_gpu("NVIDIA B200")
+
+
+def test_figures_of_kernels_are_not_devices():
+    assert device_names() == DEVICES
+    with pytest.raises(ValueError, match="no device 'kernels-sm90'"):
+        load_device("kernels-sm90")
+
+
+def test_a_file_without_a_multiprocessor_has_no_tile_times():
+    with pytest.raises(ValueError, match="file of device 'toy' has no multiprocessor"):
+        multiprocessor_of(TOY)
 
 
 def test_a_description_says_that_it_is_a_roofline():
@@ -103,7 +125,7 @@ def test_unknown_device_lists_the_menu():
 
 
 def test_a_device_of_ones_own_is_a_file(tmp_path):
-    fields = {
+    numbers = {
         "name": "mine",
         "bandwidth_gb_s": {"value": 10, "source": "guess"},
         "tflop_s": {
@@ -113,10 +135,10 @@ def test_a_device_of_ones_own_is_a_file(tmp_path):
         "launch_us": {"value": 0, "source": "guess"},
     }
     path = tmp_path / "mine.json"
-    path.write_text(json.dumps(fields))
+    path.write_text(json.dumps(numbers))
     assert load_device(path).bandwidth_gb_s == 10
-    del fields["sm_count"]
-    path.write_text(json.dumps(fields))
+    del numbers["sm_count"]
+    path.write_text(json.dumps(numbers))
     with pytest.raises(ValueError, match=r"is not a device file .*sm_count"):
         load_device(path)
 
