@@ -1,7 +1,7 @@
 """Figures of compiled kernels: what the loop of each branch issues, read from its machine code.
 
 They are known without a GPU. ``devices/kernels-sm<arch>.json`` holds those of one architecture;
-``benchmarks/compile_kernels.py`` writes it.
+``benchmarks/make_cost_figures.py`` writes it.
 """
 
 import json
@@ -50,7 +50,7 @@ def load_figures(arch: int, folder: Path = _FOLDER) -> CompiledFigures | None:
     """The committed figures for an architecture (90 is sm_90); None if there are none.
 
     Raises:
-        ValueError: If the file is not of the form that ``benchmarks/compile_kernels.py`` writes.
+        ValueError: If the file is not of the form that ``benchmarks/make_cost_figures.py`` writes.
     """
     path = folder / f"kernels-sm{arch}.json"
     if not path.is_file():
@@ -63,7 +63,7 @@ def load_figures(arch: int, folder: Path = _FOLDER) -> CompiledFigures | None:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{path} does not hold figures of compiled kernels ({type(error).__name__}: {error}); "
-            "benchmarks/compile_kernels.py writes it"
+            "benchmarks/make_cost_figures.py writes it"
         ) from error
     if found != arch:
         raise ValueError(f"{path} holds figures for sm_{found}")
