@@ -12,13 +12,7 @@ import pytest
 import torch
 
 from mxq.kernels.arena import Problem, group_weights, size_of
-from mxq.kernels.group_gemm import (
-    BUCKETS,
-    GroupGemm,
-    bucket_of,
-    tile_shapes,
-    unit_cost,
-)
+from mxq.kernels.group_gemm import BUCKETS, GroupGemm, bucket_of, tile_shapes, unit_cost
 from mxq.kernels.reference import (
     Inputs,
     RoundedInput,
@@ -27,7 +21,7 @@ from mxq.kernels.reference import (
     make_inputs_torch,
 )
 from mxq.kernels.routing import route
-from mxq.kernels.spec import Branch, KernelSpec, WeightFormat, format_of
+from mxq.kernels.spec import Branch, KernelSpec, WeightFormat
 from mxq.numerics import QuantizedWeight
 from mxq.quantizers import quantize_rtn
 from mxq.scheme import Scheme
@@ -272,9 +266,10 @@ def test_a_launch_for_each_format_gives_the_same_bits(note, folder, monkeypatch)
     (case,) = [case for case in (*EDGES, ALL) if case.note == note]
     x_TK = torch.randn(sum(case.counts), case.k, generator=torch.Generator().manual_seed(3))
     inputs = make_inputs_torch(x_TK, True, ("bf16", "int8", "fp8"))
-    options = {"make": rounded_weight, "inputs": inputs}
-    mixed = run(case, folder, monkeypatch, launches="mixed", **options)
-    single = run(case, folder, monkeypatch, launches="single", **options)
+    mixed, single = (
+        run(case, folder, monkeypatch, make=rounded_weight, inputs=inputs, launches=launches)
+        for launches in ("mixed", "single")
+    )
     assert mixed.splits == single.splits
     assert torch.equal(mixed.y_SN.view(torch.int16), single.y_SN.view(torch.int16))
 
@@ -285,8 +280,7 @@ def test_the_same_input_gives_the_same_bits(folder, monkeypatch):
 
 
 def test_two_tile_shapes_of_a_format_share_a_kernel(folder, monkeypatch):
-    form = format_of(Scheme.parse("w4a16_g128_asym"))
-    bf16 = WeightFormat(16, "bf16")
+    form, bf16 = WeightFormat(4, "bf16", 128), WeightFormat(16, "bf16")
     branches = (Branch(form, 32, 3), Branch(bf16, 16, 3), Branch(form, 16, 3))
     spec = KernelSpec(branches, num_warps=4)
     case = Case("", ("w4a16_g128_asym", "bf16", "w4a16_g128_asym"), (16, 40, 17), multiprocessors=0)
