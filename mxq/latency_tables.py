@@ -39,7 +39,7 @@ def step_table(report: LatencyReport, plans: Mapping[str, Allocation]) -> Table:
         table.add_row(label, f"{report.additive_us[name]:.1f}", *cells)
     table.caption = (
         f"Predicted: {report.source}. Additive: the sum over blocks that --max-latency limits. By "
-        "launch: each launch lasts until its busiest program ends. Routing, input rounding, "
+        "launch: each launch lasts until its last tile ends. Routing, input rounding, "
         "rotation and activation functions are not counted."
     )
     return table

@@ -97,7 +97,7 @@ class CostModel:
     ) -> StepTime | None:
         """A whole plan, ``schemes[b]`` for ``blocks[b]``, launch by launch; None for a roofline.
 
-        Unlike the sum of ``latency_us`` it knows that a launch ends with its busiest program.
+        Unlike the sum of ``latency_us`` it knows that a launch ends with its last tile.
         """
         _check_tokens(blocks, tokens, calibration_tokens)
         if self.kernels is None:
