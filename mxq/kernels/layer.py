@@ -73,6 +73,12 @@ class ExpertLayer:
         tokens, top_k = index_TR.shape
         if tokens == 0:
             return torch.empty_like(hidden_TH)
+        # Triton launches on the current device, which need not be that of the layer.
+        with torch.cuda.device_of(hidden_TH):
+            return self._compute(hidden_TH, index_TR, weights_TR)
+
+    def _compute(self, hidden_TH: Tensor, index_TR: Tensor, weights_TR: Tensor) -> Tensor:
+        tokens, top_k = index_TR.shape
         first, second = (gemm.with_top_k(top_k) for gemm in self._gemms)
         routing = route(index_TR, self.experts)
         inputs = prepare(
@@ -113,10 +119,10 @@ class LinearLayer:
         self.weights, self.is_rotated = weights, is_rotated
         self._gemm = GroupGemm(weights)
         self._gemm.prepare()
-        device = weights.words.device
         self._tables = {}
-        if device.type == "cuda":
-            self._tables = {tokens: self._make_tables(tokens, device) for tokens in PREPARED_TOKENS}
+        if weights.words.device.type == "cuda":
+            with torch.cuda.device_of(weights.words):
+                self._tables = {tokens: self._make_tables(tokens) for tokens in PREPARED_TOKENS}
 
     def __call__(self, x: Tensor) -> Tensor:
         """``W x + b``, bfloat16 [..., N]."""
@@ -125,18 +131,23 @@ class LinearLayer:
         shape = (*x.shape[:-1], self.weights.out_features)
         if tokens == 0:
             return x.new_empty(shape)
+        with torch.cuda.device_of(x):
+            return self._compute(x_TK).reshape(shape)
+
+    def _compute(self, x_TK: Tensor) -> Tensor:
+        tokens = len(x_TK)
         inputs = prepare(
             x_TK, self.is_rotated, self._gemm.inputs, with_plain=_has_floats(self.weights)
         )
-        routing, tables = self._tables.get(tokens) or self._make_tables(tokens, x.device)
+        routing, tables = self._tables.get(tokens) or self._make_tables(tokens)
         out = self._gemm.launch(inputs, routing, tables, tokens)
         if out.partial_LSN is None:
-            return out.y_SN.reshape(shape)
-        y_TN = sum_slices(out.y_SN, out.partial_LSN, out.splits_P, routing.experts)
-        return y_TN.reshape(shape)
+            return out.y_SN
+        return sum_slices(out.y_SN, out.partial_LSN, out.splits_P, routing.experts)
 
-    def _make_tables(self, tokens: int, device: torch.device) -> tuple[Routing, TileTables]:
+    def _make_tables(self, tokens: int) -> tuple[Routing, TileTables]:
         """All tokens go to the one problem, so the tables depend on their number alone."""
+        device = self.weights.words.device
         routing = route(torch.zeros(tokens, 1, dtype=torch.int32, device=device), 1)
         return routing, self._gemm.tables(routing, tokens)
 
