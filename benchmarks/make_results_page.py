@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from group_gemm.page import timing_sections
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "results.md"
@@ -40,9 +42,15 @@ def main() -> None:
         parts += accuracy_section(path.name, json.loads(path.read_text()))
     for path in sorted(RESULTS.glob("solver-*.json")):
         parts += solver_section(path.name, json.loads(path.read_text()))
+    timings = {path.name: json.loads(path.read_text()) for path in _group_gemm_files()}
+    parts += timing_sections(timings)
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text("\n".join(parts).rstrip() + "\n")
     write_readme_table()
+
+
+def _group_gemm_files() -> list[Path]:
+    return sorted(RESULTS.glob("group-gemm-*.json"))
 
 
 def write_readme_table() -> None:
