@@ -58,7 +58,7 @@ def show_plans(plans: Mapping[str, Allocation], table: SensitivityTable) -> None
             f"{plan.bits_per_weight:.4f}",
             f"{plan.predicted_loss:.6g}",
             f"{plan.bound:.6g}" if plan.proven else f"{plan.bound:.6g} (not proven)",
-            _latency(plan),
+            _latency(plan).partition(" (")[0],  # the table of latencies names their source
         )
     make_console().print(summary)
 

@@ -6,6 +6,7 @@ Nothing waits for the device, so a CUDA graph can record a call once its kernels
 """
 
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -70,11 +71,9 @@ class ExpertLayer:
 
         ``index_TR`` may hold any number outside of the experts for "no expert".
         """
-        tokens, top_k = index_TR.shape
-        if tokens == 0:
+        if len(index_TR) == 0:
             return torch.empty_like(hidden_TH)
-        # Triton launches on the current device, which need not be that of the layer.
-        with torch.cuda.device_of(hidden_TH):
+        with _current(hidden_TH.device):
             return self._compute(hidden_TH, index_TR, weights_TR)
 
     def _compute(self, hidden_TH: Tensor, index_TR: Tensor, weights_TR: Tensor) -> Tensor:
@@ -121,7 +120,7 @@ class LinearLayer:
         self._gemm.prepare()
         self._tables = {}
         if weights.words.device.type == "cuda":
-            with torch.cuda.device_of(weights.words):
+            with _current(weights.words.device):
                 self._tables = {tokens: self._make_tables(tokens) for tokens in PREPARED_TOKENS}
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -131,7 +130,7 @@ class LinearLayer:
         shape = (*x.shape[:-1], self.weights.out_features)
         if tokens == 0:
             return x.new_empty(shape)
-        with torch.cuda.device_of(x):
+        with _current(x.device):
             return self._compute(x_TK).reshape(shape)
 
     def _compute(self, x_TK: Tensor) -> Tensor:
@@ -155,6 +154,11 @@ class LinearLayer:
 def _has_floats(weights: GroupedWeights) -> bool:
     """Whether a weight is plain bfloat16, which multiplies the unrotated input."""
     return any(form.w_bits == 16 for form in weights.formats)
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be that of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _counting(count: int, device: torch.device) -> Tensor:
