@@ -1,6 +1,7 @@
 # Sourced by the scripts beside it: makes .venv at the repository root and installs mxq into it.
 #
 # prepare_environment plain|dev     leaves $root and $python set
+# prepare_oldest_triton             after it: a second environment, for compiling kernels only
 #
 # .venv/mxq.stamp records what was installed; while it holds, nothing is downloaded or installed.
 # The output of pip goes to .venv/install.log and is shown only if a step fails.
@@ -52,6 +53,21 @@ install_packages() {
     logged "$python" -m pip install --quiet "$torch_pin" -c constraints.txt
     echo "install mxq ($1)"
     logged "$python" -m pip install --quiet -e "$target" -c constraints.txt
+}
+
+# .venv/triton-<version> holds that package and nothing else; its own mxq.stamp records the pin.
+prepare_oldest_triton() {
+    local pin folder
+    # There is no build of Triton for other systems, so kernels are not checked there.
+    if [[ "$(uname -s)" != Linux ]]; then return; fi
+    pin="$(grep '^triton==' scripts/oldest-triton.txt)"
+    folder="$root/.venv/triton-${pin#triton==}"
+    if [[ "$(cat "$folder/mxq.stamp" 2>/dev/null || true)" == "$pin" ]]; then return; fi
+    echo "install $pin into $folder, to compile kernels with"
+    rm -rf "$folder"
+    logged "$python" -m venv "$folder"
+    logged "$folder/bin/python" -m pip install --quiet -r scripts/oldest-triton.txt
+    echo "$pin" >"$folder/mxq.stamp"
 }
 
 # What an install depends on. The path counts too: an editable install points at it.

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Install mxq with its dev extra into .venv, then run every check: ruff, mypy, pytest.
+# Install mxq with its dev extra into .venv, and the oldest Triton beside it, then run every check:
+# ruff, mypy, pytest.
 # All four run even if one fails. Arguments go to pytest, e.g. scripts/test.sh -k packing
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
@@ -11,6 +12,7 @@ check() {
 }
 
 prepare_environment dev
+prepare_oldest_triton
 check "ruff check" ruff check .
 check "ruff format" ruff format --check .
 check "mypy" mypy
