@@ -35,6 +35,7 @@ class KernelRequest:
     signature: Mapping[str, str]
     arch: int
     num_warps: int = 4
+    num_stages: int = 3
     max_registers: int | None = None
     divisible: tuple[str, ...] = ()
     constants: Mapping[str, int | float | str | bool | None] = field(default_factory=dict)
@@ -113,7 +114,10 @@ def _compile_for(request: KernelRequest) -> tuple[bytes, int]:
         constexprs=dict(request.constants),
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in request.divisible},
     )
-    options: dict[str, int] = {"num_warps": request.num_warps}
+    options: dict[str, int] = {
+        "num_warps": request.num_warps,
+        "num_stages": request.num_stages,
+    }
     if request.max_registers is not None:
         options["maxnreg"] = request.max_registers
     kernel = triton.compile(source, target=GPUTarget("cuda", request.arch, 32), options=options)

@@ -103,6 +103,40 @@ LOOP_BEHIND_A_MEETING_POINT = """
         /*0080*/                   EXIT ;
 """
 
+# A jump without a guard that depends on a register; only what it does not take leads to a loop.
+LOOP_BEHIND_A_CONDITION = """
+        /*0000*/                   BRA.U UP0, `(.L_x_1) ;
+.L_x_0:
+        /*0010*/                   NOP ;
+        /*0020*/               @P0 BRA `(.L_x_0) ;
+.L_x_1:
+        /*0030*/                   EXIT ;
+"""
+
+# A loop over lines 3 to 6 with one over 5 and 6 inside, which has most of the instructions.
+NESTED_LINES = """
+.L_x_0:
+	//## File "/tmp/made/kernel.py", line 4
+        /*0000*/                   NOP ;
+.L_x_1:
+	//## File "/tmp/made/kernel.py", line 6
+        /*0010*/                   NOP ;
+        /*0020*/                   NOP ;
+        /*0030*/               @P0 BRA `(.L_x_1) ;
+	//## File "/tmp/made/kernel.py", line 4
+        /*0040*/               @P1 BRA `(.L_x_0) ;
+        /*0050*/                   EXIT ;
+"""
+
+NESTED_SOURCE = """
+def add(x):
+    for i in range(3):
+        x = x + i
+        while x < 7:
+            x = x + 1
+    return x
+"""
+
 KERNEL = """
 import triton
 import triton.language as tl
@@ -227,6 +261,16 @@ def test_a_meeting_point_of_threads_is_reached_and_a_call_comes_back():
     assert find_loops(listing) == [frozenset({6, 7})]
 
 
+def test_a_jump_that_depends_on_a_register_may_not_be_taken():
+    assert [loop.instructions for loop in loops_of(LOOP_BEHIND_A_CONDITION)] == [2]
+
+
+def test_nested_loops_are_named_after_their_own_lines():
+    outer, inner = loops_of(NESTED_LINES, NESTED_SOURCE)
+    assert (outer.function, outer.line) == ("add", 3)
+    assert (inner.function, inner.line) == ("add", 5)
+
+
 def test_an_endless_loop_that_is_not_reached_is_none():
     assert len(loops_of(ONE_LOOP)) == 1  # .L_x_2 jumps to itself
 
@@ -241,6 +285,7 @@ def test_a_jump_to_an_unknown_place_is_refused():
     [
         (90, 128, 0, 4, 4),  # 65536 / (128 x 128)
         (90, 129, 0, 4, 3),  # a warp takes 136 x 32: 15 warps, in fours 12
+        (90, 129, 0, 2, 6),
         (90, 32, 55296, 4, 4),  # 228 KiB / (54 + 1) KiB
         (90, 32, 0, 4, 16),  # 64 warps
         (89, 32, 0, 4, 12),  # 48 warps
@@ -284,6 +329,15 @@ def test_a_kernel_that_does_not_compile_is_named_with_the_reason(tmp_path):
     assert isinstance(failure, CompileFailure)
     with pytest.raises(ValueError, match=r"(?s)small for sm_90: .*unheard_of is not defined"):
         compile_figures([broken], Path(sys.executable))
+
+
+def test_what_ptxas_says_is_the_reason(tmp_path):
+    # Triton prints the whole program then, which must not get into the output.
+    asm = 'tl.inline_asm_elementwise("nonsense $0, $1;", "=r,r", [w], tl.int32, True, 1)'
+    broken = kernel_request(tmp_path, KERNEL.replace("(w.to(tl.int32) & 15)", asm))
+    (failure,) = compile_outcomes([broken], Path(sys.executable))
+    assert isinstance(failure, CompileFailure)
+    assert "nonsense" in failure.error
 
 
 def test_an_interpreter_without_triton_is_reported(tmp_path):
