@@ -176,8 +176,9 @@ def test_allocate_within_a_latency_reports_it(work):
     shown = succeeds(
         "allocate", work, "--bits", 5, "--device", "h200", "--tokens", 64, "--max-latency", 1000
     )
-    assert " us (" in shown
+    assert "Latency of the blocks in a step of 64 tokens" in shown
     plan = Workspace(work).allocation()
+    assert f"{plan.predicted_latency_us:.1f} us" in shown
     assert plan.predicted_latency_us > 0
     assert "64 tokens" in plan.latency_source
 
