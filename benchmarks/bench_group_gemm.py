@@ -45,6 +45,7 @@ def main() -> int:
             arguments.only,
             is_dry=arguments.dry_run,
             goals_only=arguments.goals_only,
+            retry=arguments.retry,
         )
     )
 
@@ -58,6 +59,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=max(1, min(14, (os.cpu_count() or 2) - 2)))
     parser.add_argument("--only", default="", help="cases whose key contains this text")
     parser.add_argument("--goals-only", action="store_true", help="judge a file, time nothing")
+    parser.add_argument("--retry", action="store_true", help="failed checks and left out cases")
     parser.add_argument("--dry-run", action="store_true", help="tiny, on the CPU, without times")
     parser.add_argument("--check", type=Path, nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -21,7 +21,7 @@ from group_gemm.products import (
     weight_bytes,
 )
 from group_gemm.shapes import Model, choose_experts, expert_counts, plan_named, skew
-from group_gemm.timing import Clock, Times, clocks_mhz
+from group_gemm.timing import Clock, Times
 from mxq.kernels.spec import WeightFormat, format_of
 from mxq.scheme import Scheme
 
@@ -62,7 +62,6 @@ def make_row(
         "experts_reached": sum(count > 0 for count in counts),
         "tokens_of_busiest": max(counts),
         "skew": round(skew(counts), 3),
-        "clocks_mhz": clocks_mhz() if clock.device == "cuda" else {},
     }
     return row | _figures(row, times, _work(model, schemes, counts), ceilings)
 

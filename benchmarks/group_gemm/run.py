@@ -25,13 +25,20 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 DRY_TOKENS = (1,)
 
+CLOCK_SECONDS = 10.0
+"""Clocks are read at most so often: asking takes as long as timing a case."""
+
 MEMORY_KEPT = 0.4
 """Share of the device's memory that freed tensors may hold until it is given back."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Where results go and what is done; ``only`` is a text that the keys of cases contain."""
+    """Where results go and what is done.
+
+    ``only`` is a text that the keys of cases contain; ``retry`` forgets failed checks and cases
+    that were left out.
+    """
 
     json: Path
     minutes: float
@@ -39,6 +46,7 @@ class Options:
     only: str = ""
     is_dry: bool = False
     goals_only: bool = False
+    retry: bool = False
 
 
 def run(options: Options) -> int:
@@ -65,17 +73,21 @@ def _run(results: dict[str, Any], clock: Clock, options: Options) -> None:
     shapes, tokens = ((TINY,), DRY_TOKENS) if options.is_dry else (MODELS, TOKENS)
     cases = [case for case in all_cases(shapes, tokens) if options.only in case.key]
     models = {model.name: model for model in shapes}
-    results["peers"] = available()
+    runners = {case.runner for case in cases} - {OURS}
+    results["peers"] |= available(sorted(runners))
     results["ceilings"] = results["ceilings"] or measure_ceilings(clock)
     _check(results, cases, models, clock, options)
     _write(options.json, results)
-    before = results["minutes"]
+    before, read_at = results["minutes"], 0.0
     for case in _left(results, cases):
         minutes = (time.monotonic() - started) / 60
         if minutes > options.minutes:
             print(f"{options.minutes:g} minutes are over; run the same command to go on")
             break
         _time_case(case, results, models, clock)
+        if clock.device == "cuda" and time.monotonic() - read_at > CLOCK_SECONDS:
+            read_at = time.monotonic()
+            results["clocks_mhz"].append({"after": case.key, **clocks_mhz()})
         results["minutes"] = round(before + minutes, 2)
         _write(options.json, results)
 
@@ -169,12 +181,16 @@ def _load(options: Options) -> dict[str, Any]:
         raise SystemExit(f"a dry run times nothing; write it elsewhere than {RESULTS}")
     if not path.is_file():
         empty: dict[str, Any] = {"ceilings": {}, "checks": [], "rows": [], "left_out": []}
+        empty["clocks_mhz"] = []
         return {"about": about, "peers": {}, "minutes": 0.0, **empty}
     results: dict[str, Any] = json.loads(path.read_text())
     found = results["about"]
     is_same = all(found[key] == about[key] for key in ("gpu", "dry_run"))
     if not (is_same or options.goals_only):
         raise SystemExit(f"{path} is of {_machine(found)}, this is {_machine(about)}; name another")
+    if options.retry:
+        results["checks"] = [check for check in results["checks"] if check["passed"]]
+        results["left_out"] = []
     return results
 
 
@@ -194,7 +210,6 @@ def _about(is_dry: bool) -> dict[str, Any]:
         "date": datetime.now(UTC).date().isoformat(),
         "dry_run": is_dry,
         "gpu": torch.cuda.get_device_name() if has_gpu else "none",
-        "clocks_mhz": clocks_mhz() if has_gpu else {},
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

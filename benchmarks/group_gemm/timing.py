@@ -122,7 +122,7 @@ def _products(side: int, device: str) -> Mapping[str, Callable[[], object]]:
         "bf16": lambda: a @ b.T,
         "int8": lambda: torch._int_mm(a8, b8.T),
         "fp8": lambda: torch._scaled_mm(
-            af, bf.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16
+            af, bf.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
         ),
     }
 

@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-from group_gemm import checks, peers, rows
+from group_gemm import checks, peers, rows, timing
 from group_gemm.cases import Case, all_cases
 from group_gemm.goals import GOALS, judge
 from group_gemm.page import timing_sections
@@ -31,12 +31,13 @@ from group_gemm.shapes import (
     mixes,
     plan_named,
 )
-from group_gemm.timing import NoClock, Times, measure_ceilings
+from group_gemm.timing import CudaClock, NoClock, Times, measure_ceilings
 from group_gemm.weights import random_group, touched_bytes
 
 from mxq.kernels.arena import weight_of
+from mxq.kernels.group_gemm import SPLIT_ROWS
 from mxq.kernels.layout import layout_of, to_kernel_order
-from mxq.kernels.spec import format_of
+from mxq.kernels.spec import TILE_PLANS, format_of, tile_plan
 from mxq.scheme import Scheme
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -198,6 +199,45 @@ def test_a_check_that_raises_is_a_failure_with_its_reason():
     result = checks.guarded(checks.Check(("w9a16_g128_asym",), "mixed", "decode"), "cpu", 4)
     assert not result["passed"]
     assert "weight bits of 9" in result["reason"]
+
+
+@pytest.mark.parametrize("plan", TILE_PLANS, ids=lambda plan: plan.name)
+def test_a_check_has_the_tokens_that_its_tile_plan_is_for(plan):
+    tokens = checks.TOKENS_OF[plan.name]
+    assert tile_plan(tokens * checks.TOP_K / checks.EXPERTS) == plan
+    # Few enough slots for the first plan to split the sum over K.
+    assert (tokens * checks.TOP_K <= SPLIT_ROWS) == (plan.name == "decode")
+
+
+def test_each_part_of_the_checks_goes_on_after_one_that_breaks_its_process(monkeypatch, tmp_path):
+    part = [checks.Check((name,), "mixed", "decode") for name in ("bf16", "fp8", "w8a8_grow_sym")]
+
+    def worker(command, check, timeout):
+        source, target = command[-2:]
+        left = json.loads(Path(source).read_text())
+        # The first process dies at its second check, the next one does all that is left.
+        done = left[:1] if len(left) == 3 else left
+        results = [{"name": f"{schemes[0]}/mixed/decode", "passed": True} for schemes, *_ in done]
+        Path(target).write_text(json.dumps(results))
+        return SimpleNamespace(returncode=-6 if len(left) == 3 else 0)
+
+    monkeypatch.setattr(checks.subprocess, "run", worker)
+    found = checks.run_checks(part, "cuda", workers=1, folder=tmp_path)
+    assert [result["passed"] for result in found] == [True, False, True]
+    assert "status -6" in found[1]["reason"]
+
+
+def test_times_are_those_of_a_launch_of_the_graph(monkeypatch):
+    replays = iter([1000.0] * 3 + [100_000.0, *range(100, 2100, 100)])
+    graph = SimpleNamespace(replay=lambda: None)
+    monkeypatch.setattr(timing, "_recorded", lambda launches: graph)
+    monkeypatch.setattr(timing, "WARM_UPS", 3)
+    monkeypatch.setattr(timing, "_replay_us", lambda graph: float(next(replays)))
+    for _ in range(3):
+        next(replays)
+    times = CudaClock().time([lambda: None] * 10)
+    # 20 replays of 100, 200, .. 2000 us with 10 launches each.
+    assert times == Times(105.0, 29.0, 181.0, 20)
 
 
 def test_figures_of_a_row_by_hand():
