@@ -1,10 +1,12 @@
-"""Compile the kernels for GPUs that are not here, and write down what became of them.
+"""Compile the kernels, without a GPU, and write down what became of them.
 
-Every format alone and mixes of six, the kernels for routing and those between products, each with
-two versions of Triton. tests/kernels/test_compiled.py holds the kernels to the table that this
-writes, and to limits that do not depend on it.
+* ``benchmarks/results/kernels-compiled.json``, the table of docs/results.md: formats alone and
+  mixes of them, the kernels for routing and those between products, each with two versions of
+  Triton. tests/kernels/test_compiled.py holds the kernels to it;
+* ``mxq/search/devices/kernels-sm90.json``, what the cost model reads: every format alone under
+  every tile plan, with this environment's Triton.
 
-    python benchmarks/compile_kernels.py          compile, print, and write the table
+    python benchmarks/compile_kernels.py          compile, print, and write both
 
 scripts/test.sh makes the interpreter with the oldest Triton.
 """
@@ -22,10 +24,20 @@ from typing import Any
 from mxq.kernels.codegen import ENTRY_POINT, render, signature
 from mxq.kernels.figures import KernelFigures, compile_figures
 from mxq.kernels.offline import KernelRequest
-from mxq.kernels.spec import TILE_PLANS, Input, KernelSpec, TilePlan, WeightFormat, make_spec
+from mxq.kernels.spec import (
+    ROW_TILE,
+    TILE_PLANS,
+    Input,
+    KernelSpec,
+    TilePlan,
+    WeightFormat,
+    make_spec,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "benchmarks" / "results" / "kernels-compiled.json"
+COST_ARCH = 90
+COST_FIGURES = ROOT / "mxq" / "search" / "devices" / f"kernels-sm{COST_ARCH}.json"
 COMMAND = "python benchmarks/compile_kernels.py"
 ARCHS = (80, 89, 90, 100)
 
@@ -35,7 +47,7 @@ SIX_FORMATS = (
     *(WeightFormat(bits, "bf16", 128) for bits in (8, 4, 3, 2)),
     WeightFormat(8, "int8"),
 )
-"""A mix that a budget of 4 to 6 bits leads to; docs/kernels.md gives its figures."""
+"""A mix of wide and narrow formats, and of both kinds of input."""
 
 OTHER_FORMATS = (
     WeightFormat(6, "bf16", 64),
@@ -113,6 +125,19 @@ def every_format() -> Iterator[WeightFormat]:
         for group_size in group_sizes:
             for w_bits in (8, 6, 5, 4, 3, 2):
                 yield WeightFormat(w_bits, kind, group_size)
+
+
+def cost_cases() -> Iterator[Case]:
+    """Every format alone under each plan; those that ``gemm_cases`` has too have the same names."""
+    int4 = (
+        WeightFormat(form.w_bits, "int4", form.group_size)
+        for form in every_format()
+        if form.input == "int8" and form.w_bits <= 4
+    )
+    forms = (*every_format(), *int4)
+    for plan in TILE_PLANS:
+        for form in forms:
+            yield _case(COST_ARCH, plan, str(form), [form])
 
 
 def static_requests() -> Iterator[KernelRequest]:
@@ -216,19 +241,45 @@ def row(figures: KernelFigures) -> dict[str, Any]:
     }
 
 
+ALU_WORDS = (
+    *("FMNMX", "FSEL", "FSETP", "IABS", "IADD3", "IMNMX", "ISETP", "LEA", "LOP", "LOP3", "PLOP3"),
+    *("PRMT", "SEL", "SHF", "VIADD", "VIMNMX"),
+)
+"""Opcodes of the integer and logic pipe, which takes half as many as the schedulers issue."""
+
+
+def cost_row(figures: KernelFigures, plan: TilePlan) -> dict[str, int]:
+    """What the cost model reads of a kernel with one format (``mxq.search.figures``)."""
+    (loop,) = figures.matrix_loops
+    assert loop.products is not None
+    return {
+        "loop_instructions": loop.instructions,
+        "alu_instructions": sum(loop.opcodes.get(word, 0) for word in ALU_WORDS),
+        "step": loop.products // (plan.tokens * ROW_TILE),
+        "warps": plan.num_warps,
+        "registers": figures.registers,
+        "shared_bytes": figures.shared_bytes,
+    }
+
+
 def main() -> None:
     """Compile everything with both versions, side by side."""
+    of_cost = {case.name: case for case in cost_cases()}
     with tempfile.TemporaryDirectory() as name:
-        cases = [case.request(Path(name)) for case in gemm_cases()]
-        requests = [*cases, *static_requests()]
+        cases = {case.name: case for case in gemm_cases()}
+        both = [*(case.request(Path(name)) for case in cases.values()), *static_requests()]
+        more = [case.request(Path(name)) for key, case in of_cost.items() if key not in cases]
         with ThreadPoolExecutor(2) as pool:
-            pythons = (Path(sys.executable), oldest_python())
-            results = list(pool.map(lambda python: compile_figures(requests, python), pythons))
-    TABLE.write_text(_table_text({figures[0].triton: figures for figures in results}))
+            current = pool.submit(compile_figures, [*both, *more], Path(sys.executable))
+            oldest = pool.submit(compile_figures, both, oldest_python())
+            results = [oldest.result(), current.result()[: len(both)]]
+            branches = [kernel for kernel in current.result() if kernel.name in of_cost]
     for figures in results:
         for kernel in figures:
             print(kernel.triton, kernel.name, json.dumps(row(kernel)))
-    print(f"wrote {TABLE.relative_to(ROOT)}")
+    TABLE.write_text(_table_text({figures[0].triton: figures for figures in results}))
+    COST_FIGURES.write_text(_cost_text(branches, of_cost))
+    print(f"wrote {TABLE.relative_to(ROOT)} and {COST_FIGURES.relative_to(ROOT)}")
 
 
 def _table_text(results: Mapping[str, Sequence[KernelFigures]]) -> str:
@@ -241,6 +292,18 @@ def _table_text(results: Mapping[str, Sequence[KernelFigures]]) -> str:
         versions.append(f'  "{version}": {{\n   "ptxas": {json.dumps(ptxas)},\n{body}\n  }}')
     joined = ",\n".join(versions)
     return f'{{\n "command": "{COMMAND}",\n "triton": {{\n{joined}\n }}\n}}\n'
+
+
+def _cost_text(kernels: Sequence[KernelFigures], cases: Mapping[str, Case]) -> str:
+    """JSON with one line for each branch, by the name that the cost model has for it."""
+    lines = []
+    for kernel in kernels:
+        case = cases[kernel.name]
+        (branch,) = case.spec.branches
+        lines.append(f'  "{branch}": {json.dumps(cost_row(kernel, case.plan))}')
+    head = {"arch": COST_ARCH, "triton": kernels[0].triton, "ptxas": kernels[0].ptxas}
+    body = ",\n".join(sorted(lines))
+    return f'{json.dumps(head)[:-1]}, "branches": {{\n{body}\n}}}}\n'
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from compiled_page import compiled_sections
 from group_gemm.page import timing_sections
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +45,10 @@ def main() -> None:
         parts += solver_section(path.name, json.loads(path.read_text()))
     timings = {path.name: json.loads(path.read_text()) for path in _group_gemm_files()}
     parts += timing_sections(timings)
+    for path in sorted(RESULTS.glob("kernels-compiled.json")):
+        parts += compiled_sections(path.name, json.loads(path.read_text()))
+    for path in sorted(RESULTS.glob("repack-*.json")):
+        parts += repack_section(path.name, json.loads(path.read_text()))
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text("\n".join(parts).rstrip() + "\n")
     write_readme_table()
@@ -159,6 +164,24 @@ def solver_section(name: str, results: Mapping[str, Any]) -> list[str]:
     for label, row in (("mxq", results), ("plain PuLP with CBC", plain)):
         cells = [_cell(row.get(key)) for key in ("seconds", "gap", "proven", "peak_mib")]
         lines.append(f"| {label} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def repack_section(name: str, results: Mapping[str, Any]) -> list[str]:
+    """One repacking file: seconds from the files' order to kernel order on the CPU."""
+    lines = [
+        f"## Repacking: a layer of {results['weights']:,} weights",
+        "",
+        f"`{name}`, {results['date']}; {_versions(results)}. {results['experts']} experts of three "
+        f"matrices of {results['hidden']} x {results['inner']}, {results['threads']} of "
+        f"{results['cpus']} CPUs, which other programs used too (load {results['load_at_start']} "
+        "at the start).",
+        "",
+        "| format | seconds | ns for a weight | arena MiB | peak MiB |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    keys = ("scheme", "seconds", "ns_per_weight", "arena_mib", "peak_mib")
+    lines += [f"| {' | '.join(str(row[key]) for key in keys)} |" for row in results["layers"]]
     return [*lines, ""]
 
 

@@ -157,7 +157,7 @@ class TilePlan:
     most_tokens: float
 
 
-# From kernels compiled for sm_90 (docs/kernels.md has the table): 4 warps keep 3 or more programs
+# From kernels compiled for sm_90 (docs/results.md has the table): 4 warps keep 3 or more programs
 # on a multiprocessor while the weights stream; tiles of more tokens need 8 warps not to spill.
 TILE_PLANS = (
     TilePlan("decode", 16, 4, 128, 4, 24.0),

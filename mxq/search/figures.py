@@ -1,7 +1,7 @@
 """Figures of compiled kernels: what the loop of each branch issues, read from its machine code.
 
 They are known without a GPU. ``devices/kernels-sm<arch>.json`` holds those of one architecture;
-``benchmarks/make_cost_figures.py`` writes it.
+``benchmarks/compile_kernels.py`` writes it.
 """
 
 import json
@@ -50,7 +50,7 @@ def load_figures(arch: int, folder: Path = _FOLDER) -> CompiledFigures | None:
     """The committed figures for an architecture (90 is sm_90); None if there are none.
 
     Raises:
-        ValueError: If the file is not of the form that ``benchmarks/make_cost_figures.py`` writes.
+        ValueError: If the file is not of the form that ``benchmarks/compile_kernels.py`` writes.
     """
     path = folder / f"kernels-sm{arch}.json"
     if not path.is_file():
@@ -58,12 +58,12 @@ def load_figures(arch: int, folder: Path = _FOLDER) -> CompiledFigures | None:
     try:
         fields = json.loads(path.read_text())
         branches = {name: _branch(figures) for name, figures in fields["branches"].items()}
-        source = fields.get("source") or f"Triton {fields['triton']}, ptxas {fields['ptxas']}"
+        source = f"Triton {fields['triton']}, ptxas {fields['ptxas']}"
         found = int(fields["arch"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{path} does not hold figures of compiled kernels ({type(error).__name__}: {error}); "
-            "benchmarks/make_cost_figures.py writes it"
+            "benchmarks/compile_kernels.py writes it"
         ) from error
     if found != arch:
         raise ValueError(f"{path} holds figures for sm_{found}")

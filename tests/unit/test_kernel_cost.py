@@ -288,7 +288,7 @@ def test_figures_come_from_a_file_of_the_architecture(tmp_path):
     with pytest.raises(ValueError, match="11 of 10 instructions of a loop cannot be for the integ"):
         load_figures(90, tmp_path)
     path.write_text("[]")
-    with pytest.raises(ValueError, match=r"compiled kernels \(TypeError.*make_cost_figures.py"):
+    with pytest.raises(ValueError, match=r"compiled kernels \(TypeError.*compile_kernels.py"):
         load_figures(90, tmp_path)
 
 
