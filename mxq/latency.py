@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
 
 from mxq.artifacts import Allocation, KernelTiming, SensitivityTable
 from mxq.config import TuneOptions
@@ -22,7 +23,7 @@ from mxq.search.device import Device, device_of_gpu, load_device
 from mxq.search.figures import CompiledFigures, load_figures
 from mxq.search.fit import branch_of, fit_branch, fit_launch, predict_us
 from mxq.search.kernel_cost import KernelModel, assumed_constants
-from mxq.search.launches import StepTime, served
+from mxq.search.launches import StepTime, kernel_format
 from mxq.search.profiles import BranchProfile, DeviceProfile, profile_name
 from mxq.storage import load_artifact, save_artifact
 
@@ -151,14 +152,9 @@ def measured_branch(name: str, branch: BranchProfile, device: Device) -> Measure
         predicted_us=branch.predicted_us[largest],
         compiled_us=compiled[largest],
         timings=len(branch.timings),
-        median_error=_median(branch.errors),
-        median_compiled_error=_median(errors),
+        median_error=median(branch.errors),
+        median_compiled_error=median(errors),
     )
-
-
-def _median(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +207,7 @@ def _notes(pricing: Pricing, used: set[str], schemes: set[Scheme]) -> tuple[str,
             "roofline, bytes and arithmetic without kernels.",
         )
     notes = []
-    without_kernel = sorted(scheme for scheme in schemes if served(scheme) is None)
+    without_kernel = sorted(scheme for scheme in schemes if kernel_format(scheme) is None)
     if without_kernel:
         notes.append(
             f"No kernel computes {_listed(without_kernel)}: priced as decoded to bf16 in memory "

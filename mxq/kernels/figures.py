@@ -105,7 +105,7 @@ def _figures_of(request: KernelRequest, compiled: CompiledKernel) -> KernelFigur
 
 
 @dataclass(frozen=True, slots=True)
-class Multiprocessor:
+class OccupancyLimits:
     """What the programs on one multiprocessor share.
 
     From the CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
@@ -117,11 +117,11 @@ class Multiprocessor:
     registers: int = 65536
 
 
-MULTIPROCESSORS = {
-    80: Multiprocessor(64, 32, 164 * 1024),
-    89: Multiprocessor(48, 24, 100 * 1024),
-    90: Multiprocessor(64, 32, 228 * 1024),
-    100: Multiprocessor(64, 32, 228 * 1024),
+OCCUPANCY_LIMITS = {
+    80: OccupancyLimits(64, 32, 164 * 1024),
+    89: OccupancyLimits(48, 24, 100 * 1024),
+    90: OccupancyLimits(64, 32, 228 * 1024),
+    100: OccupancyLimits(64, 32, 228 * 1024),
 }
 
 _RESERVED_BYTES = 1024  # of shared memory, for each program
@@ -129,7 +129,7 @@ _RESERVED_BYTES = 1024  # of shared memory, for each program
 
 def ctas_per_sm(arch: int, *, registers: int, shared_bytes: int, num_warps: int) -> int:
     """Programs that fit on one multiprocessor; 0 if not even one does."""
-    limits = MULTIPROCESSORS[arch]
+    limits = OCCUPANCY_LIMITS[arch]
     # A warp's registers are allocated by 256, the four quarters of a multiprocessor hold as many
     # warps each; shared memory is allocated by 128 bytes.
     warp_registers = -(-registers * 32 // 256) * 256

@@ -27,7 +27,7 @@ from mxq.search.kernel_cost import (
     Products,
     TileTime,
     UnitCycles,
-    branch_name,
+    branch_key,
     launch_time,
     multiprocessor_of,
     tile_grid,
@@ -47,7 +47,7 @@ _NOISE = 1e-3
 
 def branch_of(case: KernelCase) -> str:
     """Name of the branch that a case times."""
-    return branch_name(format_of(case.scheme), plan_of_tile(case.tile))
+    return branch_key(format_of(case.scheme), plan_of_tile(case.tile))
 
 
 def plan_of_tile(tile: int) -> TilePlan:

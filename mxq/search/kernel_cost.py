@@ -129,13 +129,13 @@ class KernelModel:
 
     def tile_time(self, form: WeightFormat, plan: TilePlan) -> TileTime:
         """Of the branch for a format under a plan."""
-        branch = branch_name(form, plan)
+        branch = branch_key(form, plan)
         cycles = unit_cycles(form, plan, self.device, self.figures.get(branch))
         constants = self.constants.get(branch, assumed_constants(self.device))
         return tile_time(cycles, constants)
 
 
-def branch_name(form: WeightFormat, plan: TilePlan) -> str:
+def branch_key(form: WeightFormat, plan: TilePlan) -> str:
     """How compiled figures and profiles name the branch for a format under a plan."""
     return str(Branch(form, plan.tokens, stages(form, plan)))
 

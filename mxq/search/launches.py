@@ -25,7 +25,7 @@ from mxq.search.kernel_cost import (
     KernelModel,
     LaunchTime,
     Products,
-    branch_name,
+    branch_key,
     launch_time,
     multiprocessor_of,
 )
@@ -78,7 +78,7 @@ def _launch_prices(
     outside_B = tiles_B * np.minimum(split, units_B) / plan.ctas_per_sm
     price_BS = np.zeros((len(blocks), len(schemes)))
     for column, scheme in enumerate(schemes):
-        time = kernels.tile_time(_format(scheme), plan)
+        time = kernels.tile_time(_format_or_bf16(scheme), plan)
         loops_B = units_B * (read_B * time.first + (tiles_B - read_B) * time.repeat)
         cycles_B = columns_B * (outside_B * time.tile_cycles + loops_B)
         price_BS[:, column] = cycles_B / sm_count / multiprocessor_of(kernels.device).clock_mhz
@@ -111,22 +111,22 @@ def routed(blocks: Sequence[BlockInfo], share_B: Matrix) -> tuple[int, float]:
     return len(shares), float(sum(shares.values()))
 
 
-def served(scheme: Scheme) -> WeightFormat | None:
-    """The kernel format of a scheme; None if no kernel computes it."""
+def kernel_format(scheme: Scheme) -> WeightFormat | None:
+    """The format in which kernels compute a scheme; None if none does."""
     try:
         return format_of(scheme)
     except ValueError:
         return None
 
 
-def _format(scheme: Scheme) -> WeightFormat:
+def _format_or_bf16(scheme: Scheme) -> WeightFormat:
     """The scheme's, or that of the bf16 kernel, which then reads the decoded weight."""
-    return served(scheme) or _PLAIN
+    return kernel_format(scheme) or _PLAIN
 
 
 def _decode_us(kernels: KernelModel, blocks: Sequence[BlockInfo], scheme: Scheme) -> Matrix:
     """Reading each weight and writing it as bf16, where no kernel computes the scheme."""
-    if served(scheme) is not None:
+    if kernel_format(scheme) is not None:
         return np.zeros(len(blocks))
     shapes = [(block.out_features, block.in_features) for block in blocks]
     bytes_B = np.array([scheme.storage_bits(n, k) / 8 + 2 * n * k for n, k in shapes])
@@ -174,7 +174,7 @@ def step_time(
         mates = [blocks[member] for member in members]
         chosen = [schemes[member] for member in members]
         plan = plan_of(mates, share_B[members], tokens)
-        used.update(branch_name(_format(scheme), plan) for scheme in set(chosen))
+        used.update(branch_key(_format_or_bf16(scheme), plan) for scheme in set(chosen))
         slices = max_split(plan, tokens * routed(mates, share_B[members])[1])
         products = _products(kernels, mates, chosen, plan, slices)
         decode_B = _chosen_decode_us(kernels, mates, chosen)
@@ -211,7 +211,9 @@ def _products(
     slices: int,
 ) -> Products:
     """The products of a launch, without tokens yet."""
-    by_scheme = {scheme: kernels.tile_time(_format(scheme), plan) for scheme in set(schemes)}
+    by_scheme = {
+        scheme: kernels.tile_time(_format_or_bf16(scheme), plan) for scheme in set(schemes)
+    }
     times = [by_scheme[scheme] for scheme in schemes]
     return Products(
         tile_cycles_P=np.array([time.tile_cycles for time in times]),
@@ -229,6 +231,6 @@ def _chosen_decode_us(
 ) -> Matrix:
     decode_B = np.zeros(len(blocks))
     for place, (block, scheme) in enumerate(zip(blocks, schemes, strict=True)):
-        if served(scheme) is None:
+        if kernel_format(scheme) is None:
             decode_B[place] = _decode_us(kernels, [block], scheme)[0]
     return decode_B

@@ -20,7 +20,7 @@ from mxq.search.kernel_cost import (
     BranchConstants,
     KernelModel,
     Products,
-    branch_name,
+    branch_key,
     launch_time,
     tile_time,
     unit_cycles,
@@ -152,7 +152,7 @@ def products(tokens, *, out, units, first=1000.0, repeat=400.0, outside=500.0, s
     )
 
 
-MODEL = KernelModel(TOY, {branch_name(format_of(W4), plan): FIGURES for plan in TILE_PLANS})
+MODEL = KernelModel(TOY, {branch_key(format_of(W4), plan): FIGURES for plan in TILE_PLANS})
 
 
 def test_a_launch_of_few_tiles_lasts_as_long_as_one():
@@ -298,7 +298,7 @@ def test_the_committed_figures_cover_every_scheme_that_a_kernel_serves():
         "w2a16_g32_asym,w3a16_g64_asym,w4a16_grow_asym,w5a16_g128_asym,w6a16_g128_asym,bf16,fp8,"
         "w8a16_g128_asym,w8a8_grow_sym,w4a8_grow_sym,w4a4_grow_sym,w3a8_g128_asym"
     )
-    wanted = {branch_name(format_of(s), plan) for s in schemes for plan in TILE_PLANS}
+    wanted = {branch_key(format_of(s), plan) for s in schemes for plan in TILE_PLANS}
     assert wanted <= set(figures.branches)
 
 

@@ -1,5 +1,7 @@
 """What ``mxq allocate`` says of latencies: where they come from, and what was measured."""
 
+from dataclasses import replace
+
 import pytest
 from typer.testing import CliRunner
 
@@ -122,8 +124,8 @@ def test_a_branch_without_figures_is_named():
     table, pricing = make_table("w4a16_g128_asym"), load_pricing("h200")
     figures = pricing.cost.kernels.figures
     figures = {name: value for name, value in figures.items() if name != "w4a16_g128/16"}
-    pricing.cost.kernels.figures.clear()
-    pricing.cost.kernels.figures.update(figures)
+    kernels = replace(pricing.cost.kernels, figures=figures)
+    pricing = replace(pricing, cost=replace(pricing.cost, kernels=kernels))
     plan = uniform(table, table.schemes[0], cost_model=pricing.cost, tokens=8)
     report = latency_report(table, {"plan": plan}, pricing, 8)
     assert report.notes == (
