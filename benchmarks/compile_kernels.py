@@ -39,7 +39,9 @@ TABLE = ROOT / "benchmarks" / "results" / "kernels-compiled.json"
 COST_ARCH = 90
 COST_FIGURES = ROOT / "mxq" / "search" / "devices" / f"kernels-sm{COST_ARCH}.json"
 COMMAND = "python benchmarks/compile_kernels.py"
-ARCHS = (80, 89, 90, 100)
+SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Shared memory of a program (CUDA C++ Programming Guide, compute capabilities)."""
+ARCHS = tuple(SHARED_BYTES)
 
 BF16, FP8 = WeightFormat(16, "bf16"), WeightFormat(8, "fp8")
 SIX_FORMATS = (
@@ -106,12 +108,13 @@ def gemm_cases() -> Iterator[Case]:
                 # sm_80 has no instruction for fp8.
                 others = [form for form in OTHER_FORMATS if arch > 80 or form != FP8]
                 yield _case(arch, plan, "others", others)
-            if arch == 90 or is_decode or (arch != 89 and plan.name == "prefill"):
+            if arch in (89, 90) or is_decode or plan.name == "prefill":
                 yield _case(arch, plan, "six", SIX_FORMATS)
 
 
 def _case(arch: int, plan: TilePlan, name: str, formats: Sequence[WeightFormat]) -> Case:
-    return Case(f"sm_{arch}/{plan.name}/{name}", arch, plan, make_spec(formats, plan))
+    spec = make_spec(formats, plan, shared_bytes=SHARED_BYTES[arch])
+    return Case(f"sm_{arch}/{plan.name}/{name}", arch, plan, spec)
 
 
 def every_format() -> Iterator[WeightFormat]:

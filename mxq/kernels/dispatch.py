@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import triton
 
-from mxq.kernels.spec import Dialect
+from mxq.kernels.spec import HOPPER_SHARED_BYTES, Dialect
 
 OLDEST_CAPABILITY = (8, 0)
 """The first GPUs with bfloat16 matrix instructions and asynchronous copies."""
@@ -47,6 +47,17 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 132
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@lru_cache(maxsize=8)
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that a program may have on a GPU; in the interpreter that of an H200."""
+    if device.type != "cuda":
+        return HOPPER_SHARED_BYTES
+    with torch.cuda.device(device):
+        index = torch.cuda.current_device()
+    properties = triton.runtime.driver.active.utils.get_device_properties(index)
+    return int(properties["max_shared_mem"])
 
 
 @lru_cache(maxsize=1)

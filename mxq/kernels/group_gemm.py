@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mxq.kernels.arena import GroupedWeights
 from mxq.kernels.codegen import build, signature
-from mxq.kernels.dispatch import default_dialect, kernel_folder, multiprocessors
+from mxq.kernels.dispatch import default_dialect, kernel_folder, multiprocessors, shared_bytes
 from mxq.kernels.reference import Inputs, RoundedInput
 from mxq.kernels.routing import (
     Routing,
@@ -227,7 +227,11 @@ class GroupGemm:
         specs = self._specs
         if specs is None:
             spec = make_spec(
-                self.weights.formats, plan, has_bias=self._has_bias, dialect=self.dialect
+                self.weights.formats,
+                plan,
+                has_bias=self._has_bias,
+                dialect=self.dialect,
+                shared_bytes=shared_bytes(self.weights.words.device),
             )
             specs = (spec,) if self.launches == "mixed" else single_specs(spec)
         specs = tuple(replace(spec, dialect=self.dialect) for spec in specs)

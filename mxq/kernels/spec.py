@@ -17,6 +17,9 @@ UNIT = 128
 ROW_TILE = 128
 """Output features of a tile; a weight is padded to a multiple of it when it is loaded."""
 
+HOPPER_SHARED_BYTES = 227 * 1024
+"""Shared memory that a program may have on a Hopper GPU."""
+
 Input = Literal["bf16", "int8", "int4", "fp8"]
 """What the input of a product is made of; int4 is rounded to 4 bits and computed as int8."""
 
@@ -177,21 +180,29 @@ def make_spec(
     *,
     has_bias: bool = False,
     dialect: Dialect = "ptx",
+    shared_bytes: int = HOPPER_SHARED_BYTES,
 ) -> KernelSpec:
-    """The kernel for these formats under a plan, one branch for each format."""
-    branches = tuple(Branch(form, plan.tokens, stages(form, plan)) for form in sorted(set(formats)))
+    """The kernel for these formats under a plan, one branch for each format.
+
+    ``shared_bytes`` is what a program may have on the GPU.
+    """
+    branches = tuple(
+        Branch(form, plan.tokens, stages(form, plan, shared_bytes)) for form in sorted(set(formats))
+    )
     return KernelSpec(branches, plan.num_warps, plan.max_registers, has_bias, dialect)
 
 
-def stages(form: WeightFormat, plan: TilePlan) -> int:
+def stages(form: WeightFormat, plan: TilePlan, shared_bytes: int = HOPPER_SHARED_BYTES) -> int:
     """Depth of the load pipeline: all branches hold about as many bytes in flight.
 
     Shared memory of a kernel is that of its largest branch, so one deep branch would cost all the
     others their second and third program on a multiprocessor.
     """
     step_bytes = 128 * form.step_bytes + plan.tokens * form.step * _input_bytes(form)
+    # Where unpacked weights do not stay in registers (before Hopper), they take the other half.
+    budget = min(_STAGE_BYTES[plan.name], shared_bytes // 2)
     for depth in (4, 3):
-        if depth * step_bytes <= _STAGE_BYTES[plan.name]:
+        if depth * step_bytes <= budget:
             return depth
     return 2
 

@@ -217,6 +217,12 @@ def test_instructions_for_a_weight_stay_within_their_limit(compiled, form, most)
     assert loop.instructions / weights <= most
 
 
+def test_every_generated_kernel_fits_on_its_gpu(compiled):
+    figures = compiled.figures(list(CASES))
+    too_large = [f"{f.name}: {f.shared_bytes} bytes" for f in figures if f.ctas_per_sm == 0]
+    assert not too_large, "\n".join(too_large)
+
+
 @pytest.mark.parametrize(("plan", "least"), LEAST_PROGRAMS.items())
 def test_enough_programs_of_a_mix_fit_on_a_multiprocessor(compiled, plan, least):
     (figures,) = compiled.figures([f"sm_90/{plan}/six"])
