@@ -27,7 +27,7 @@ def pytest_configure(config):
     os.environ["HF_DATASETS_OFFLINE"] = "1"
     # Sums depend on the number of threads, so commands run as the tests themselves do.
     os.environ["OMP_NUM_THREADS"] = "1"
-    # There is no GPU here: kernels run in Triton's interpreter, which is chosen at decoration.
+    # Tests need no GPU: kernels run in Triton's interpreter, which is chosen at decoration.
     os.environ["TRITON_INTERPRET"] = "1"
 
 
