@@ -6,7 +6,7 @@ again, so a down projection is fitted to what its quantized gate and up projecti
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +18,11 @@ from mxq.artifacts import Allocation
 from mxq.blocks import read_block
 from mxq.checkpoint.tensors import to_tensors
 from mxq.checkpoint.writer import CheckpointWriter
+from mxq.models.activations import ActivationStore
 from mxq.models.adapter import Capture, ModelAdapter
 from mxq.models.experts import expert_bias, is_fused_experts
-from mxq.models.lockstep import LayerCall, run_in_lockstep
-from mxq.models.probes import Probe, SiteInputs, expert_probes, join_captures, linear_probe
+from mxq.models.lockstep import LayerCall, run_calls, run_in_lockstep
+from mxq.models.probes import Captures, Probe, SiteInputs, expert_probes, linear_probe
 from mxq.models.sweep import Batches, OnProgress
 from mxq.quantizers.choose import (
     BlockInputs,
@@ -54,6 +55,7 @@ class _Run:
     allocation: Allocation
     method: Method
     fit_tokens: int
+    store: ActivationStore
     tally: Counter[str] = field(default_factory=Counter)
     unrouted: list[str] = field(default_factory=list)
 
@@ -76,7 +78,7 @@ def pack(
         ValueError: If the allocation does not cover the model's blocks, or values are not finite.
     """
     _check_covers(adapter, allocation)
-    run = _Run(adapter, allocation, method, batches.fit_tokens)
+    run = _Run(adapter, allocation, method, batches.fit_tokens, batches.store)
     writer = CheckpointWriter(folder)
     source = adapter.source
 
@@ -85,7 +87,7 @@ def pack(
         try:
             with torch.no_grad():
                 tensors = dict(_quantize_layer(run, layer, calls))
-                outputs = [call.run() for call in calls]
+                outputs = run_calls(calls, batches.store)
             tensors |= _kept_tensors(run.adapter, source.layer_path(layer) + ".")
             writer.add(f"layer-{layer:05d}", tensors)
         finally:
@@ -95,7 +97,7 @@ def pack(
             progress("pack", layer + 1, len(source.layers))
         return outputs
 
-    run_in_lockstep(source.model, source.layers, batches.tokens, on_layer)
+    run_in_lockstep(source.model, source.layers, batches.tokens, on_layer, store=batches.store)
     writer.add("outside", _kept_tensors(adapter, None))
     total = writer.finish(source.folder, *_plan_tables(adapter, allocation))
     return PackReport(folder, total, dict(run.tally), tuple(run.unrouted))
@@ -103,17 +105,33 @@ def pack(
 
 def _quantize_layer(run: _Run, layer: int, calls: list[LayerCall]) -> Iterator[tuple[str, Tensor]]:
     """Tensors of all blocks of a layer; leaves the layer with its quantized weights."""
-    captures = _capture(run.adapter, layer, calls, run.adapter.layer_sites(layer))
-    for place, group in enumerate(_groups_by_input(captures)):
-        if place > 0:
-            captures = _capture(run.adapter, layer, calls, group)
-        for site in group:
-            inputs = join_captures(captures[site], (), run.fit_tokens)
+    seen: dict[str, Capture] = {}
+    _record(run.adapter, layer, calls[0], run.adapter.layer_sites(layer), seen.setdefault)
+    groups = _groups_by_input(seen)
+    seen.clear()
+    for group in groups:
+        for inputs in _inputs_of_sites(run, layer, calls, group).values():
             for candidate in _quantize_site(run, layer, inputs):
                 run.tally[candidate.quantizer] += 1
                 block = run.adapter.block(candidate.block)
                 for suffix, tensor in to_tensors(candidate.weight).items():
                     yield f"{block.module}.{suffix}", tensor
+
+
+def _inputs_of_sites(
+    run: _Run, layer: int, calls: Sequence[LayerCall], sites: Sequence[str]
+) -> dict[str, SiteInputs]:
+    """What the sites read over all batches, with the layer as it is now."""
+    captures = Captures(run.store)
+
+    def keep(_: str, capture: Capture) -> None:
+        captures.add(capture)
+
+    for call in calls:
+        _record(run.adapter, layer, call, sites, keep)
+        captures.end_batch()
+        run.store.release(call.hidden)
+    return captures.join(run.fit_tokens)
 
 
 def _quantize_site(run: _Run, layer: int, inputs: SiteInputs) -> Iterator[Candidate]:
@@ -163,42 +181,41 @@ class _AllSeen(BaseException):
     """Ends a layer's forward once the wanted inputs are known; nothing after them is needed."""
 
 
-def _capture(
-    adapter: ModelAdapter, layer: int, calls: Sequence[LayerCall], wanted: Sequence[str]
-) -> dict[str, list[Capture]]:
-    """The inputs of the wanted sites of a layer, as the layer is now, in order of computation.
+def _record(
+    adapter: ModelAdapter,
+    layer: int,
+    call: LayerCall,
+    wanted: Sequence[str],
+    keep: Callable[[str, Capture], object],
+) -> None:
+    """Give what the wanted sites of a layer read, as the layer is now, to ``keep``.
 
     Raises:
         ValueError: If the layer runs without one of them.
     """
-    captures: dict[str, list[Capture]] = {}
-    missing: set[str] = set()
+    missing = set(wanted)
 
     def sink(capture: Capture) -> None:
         if capture.site in missing:
             missing.discard(capture.site)
-            captures.setdefault(capture.site, []).append(capture)
+            keep(capture.site, capture)
         if not missing:
             raise _AllSeen
 
-    with adapter.recording(layer, sink, inputs_only=True):
-        for call in calls:
-            missing |= set(wanted)
-            with suppress(_AllSeen):
-                call.run()
-            if missing:
-                raise ValueError(
-                    f"layer {layer} runs without {sorted(missing)[0]}, so nothing is known of its "
-                    "inputs; keep it in its type with --keep"
-                )
-    return captures
+    with adapter.recording(layer, sink, inputs_only=True), suppress(_AllSeen):
+        call.run()
+    if missing:
+        raise ValueError(
+            f"layer {layer} runs without {sorted(missing)[0]}, so nothing is known of its inputs; "
+            "keep it in its type with --keep"
+        )
 
 
-def _groups_by_input(captures: Mapping[str, Sequence[Capture]]) -> list[list[str]]:
+def _groups_by_input(seen: Mapping[str, Capture]) -> list[list[str]]:
     """Sites in order of computation, those that read the same tensor together."""
     groups: dict[int, list[str]] = {}
-    for site, seen in captures.items():
-        groups.setdefault(seen[0].x_TK.untyped_storage().data_ptr(), []).append(site)
+    for site, capture in seen.items():
+        groups.setdefault(capture.x_TK.untyped_storage().data_ptr(), []).append(site)
     return list(groups.values())
 
 

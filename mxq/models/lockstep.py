@@ -4,15 +4,19 @@ Each batch runs the real forward in its own thread; a decoder layer is a meeting
 thread waits. The controller sees the calls of layer i of all batches, so the layer's weights are
 read once, used for every batch and dropped. Masks, position embeddings and state that passes from
 layer to layer are made by the model's own code, whatever the family. Only one thread runs at a
-time: the threads are coroutines, not parallelism.
+time: the threads are coroutines, not parallelism. Hidden states are kept by an ``ActivationStore``
+from the moment that they reach a layer, so those of waiting batches may lie in files.
 """
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
+
+from mxq.models.activations import ActivationStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,29 @@ OnLayer = Callable[[int, list[LayerCall]], list[object]]
 OnResult = Callable[[int, object], None]
 """``(batch, model output)``; the output is dropped after the call."""
 
+OnResults = Callable[[int, Sequence[object]], None]
+"""``(batch, output of each model)``; the outputs are dropped after the call."""
+
+
+@dataclass(frozen=True, slots=True)
+class Track:
+    """One of the models that run side by side, with what to do at its layers."""
+
+    model: nn.Module
+    layers: Sequence[nn.Module]
+    on_layer: OnLayer
+
+
+def run_calls(calls: Sequence[LayerCall], store: ActivationStore) -> list[object]:
+    """Outputs of a layer for all batches, their hidden states kept."""
+    outputs = []
+    for call in calls:
+        outputs.append(call.run())
+        store.keep(hidden_of(outputs[-1]), cold=True)
+        store.release(call.hidden)
+        store.release(hidden_of(outputs[-1]))
+    return outputs
+
 
 def run_in_lockstep(
     model: nn.Module,
@@ -61,6 +88,8 @@ def run_in_lockstep(
     batches: Sequence[Tensor],
     on_layer: OnLayer,
     on_result: OnResult | None = None,
+    *,
+    store: ActivationStore | None = None,
 ) -> None:
     """Run ``model(input_ids=batch)`` for all batches, layer by layer.
 
@@ -70,41 +99,63 @@ def run_in_lockstep(
     Raises:
         Whatever the model, ``on_layer`` or ``on_result`` raise; no thread is left behind.
     """
-    meeting = _Meeting()
-    originals = [layer.forward for layer in layers]
-    for index, layer in enumerate(layers):
-        layer.forward = meeting.stand_in(index, originals[index])
-    runners = [_Runner(model, batch, meeting) for batch in batches]
+
+    def on_results(batch: int, results: Sequence[object]) -> None:
+        if on_result is not None:
+            on_result(batch, results[0])
+
+    run_side_by_side([Track(model, layers, on_layer)], batches, on_results, store=store)
+
+
+def run_side_by_side(
+    tracks: Sequence[Track],
+    batches: Sequence[Tensor],
+    on_results: OnResults,
+    *,
+    store: ActivationStore | None = None,
+) -> None:
+    """Run several models of the same depth, each layer of all of them before the next.
+
+    Raises:
+        Whatever a model or a callback raises; no thread is left behind.
+    """
+    store = store or ActivationStore()
+    runners: list[list[_Runner]] = []
     try:
-        _drive(runners, layers, on_layer, on_result)
+        for track in tracks:
+            meeting = _Meeting(store)
+            originals = [layer.forward for layer in track.layers]
+            for index, layer in enumerate(track.layers):
+                layer.forward = meeting.stand_in(index, originals[index])
+            runners.append([_Runner(track.model, batch, meeting) for batch in batches])
+        _drive(tracks, runners, on_results)
     finally:
-        for runner in runners:
+        for runner in chain.from_iterable(runners):
             runner.abandon()
-        for layer in layers:
-            del layer.forward
+        for layer in chain.from_iterable(track.layers for track in tracks):
+            vars(layer).pop("forward", None)
 
 
 def _drive(
-    runners: "list[_Runner]",
-    layers: Sequence[nn.Module],
-    on_layer: OnLayer,
-    on_result: OnResult | None,
+    tracks: Sequence[Track], runners: "Sequence[Sequence[_Runner]]", on_results: OnResults
 ) -> None:
-    for runner in runners:
+    for runner in chain.from_iterable(runners):
         runner.advance(None)
-    for index in range(len(layers)):
-        calls = [runner.call_of(index) for runner in runners]
-        for runner, output in zip(runners, on_layer(index, calls), strict=True):
-            runner.waiting_output = output
-        last = index == len(layers) - 1
-        del calls
-        for batch, runner in enumerate(runners):
-            runner.advance(runner.waiting_output)
-            if last:
-                runner.check_ended()
-                if on_result is not None:
-                    on_result(batch, runner.result)
-                runner.result = None
+    layers = len(tracks[0].layers)
+    for index in range(layers):
+        for track, members in zip(tracks, runners, strict=True):
+            _visit(track, index, members)
+        if index < layers - 1:
+            for runner in chain.from_iterable(runners):
+                runner.advance(runner.waiting_output)
+    for batch, members in enumerate(zip(*runners, strict=True)):
+        on_results(batch, [runner.end() for runner in members])
+
+
+def _visit(track: Track, index: int, runners: "Sequence[_Runner]") -> None:
+    calls = [runner.call_of(index) for runner in runners]
+    for runner, output in zip(runners, track.on_layer(index, calls), strict=True):
+        runner.waiting_output = output
 
 
 class _Abandoned(BaseException):
@@ -114,13 +165,17 @@ class _Abandoned(BaseException):
 class _Meeting:
     """Finds the runner of the current thread for the stand-ins of the layers."""
 
-    def __init__(self) -> None:
+    def __init__(self, store: ActivationStore) -> None:
         self.local = threading.local()
+        self.store = store
 
     def stand_in(self, index: int, forward: Callable[..., object]) -> Callable[..., object]:
         def wait(*args: object, **kwargs: object) -> object:
             runner: _Runner = self.local.runner
-            return runner.meet(index, LayerCall(forward, args, kwargs))
+            call = LayerCall(forward, args, kwargs)
+            self.store.keep(call.hidden, cold=True)
+            self.store.release(call.hidden)
+            return runner.meet(index, call)
 
         return wait
 
@@ -179,9 +234,13 @@ class _Runner(threading.Thread):
             raise RuntimeError(f"the model went to {found} where layer {index} was expected")
         return self.call[1]
 
-    def check_ended(self) -> None:
+    def end(self) -> object:
+        """Called by the controller after the last layer: the model's output."""
+        self.advance(self.waiting_output)
         if self.call is not None:
             raise RuntimeError(f"the model went to layer {self.call[0]} where the end was expected")
+        result, self.result = self.result, None
+        return result
 
     def abandon(self) -> None:
         if self.is_alive():

@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from mxq.models.activations import ActivationStore
 from mxq.models.adapter import Capture
 from mxq.models.experts import Experts, expert_bias, expert_inner, routed_tokens, working_linear
 
@@ -21,7 +22,8 @@ class SiteInputs:
     """All calls of one site over all calibration tokens.
 
     The first ``fit_tokens`` rows may be fitted to; the rest are held out. ``grad_TN`` is the
-    gradient of the summed loss at the site's output, None in a forward-only run.
+    gradient of the summed loss at the site's output, None in a forward-only run. ``store`` is where
+    the tensors are kept.
     """
 
     site: str
@@ -30,6 +32,15 @@ class SiteInputs:
     weights_TR: Tensor | None
     grad_TN: Tensor | None
     fit_tokens: int
+    store: ActivationStore
+
+    def rows(self, rows: Tensor) -> Tensor:
+        """Those rows of the input, in ascending order; the input itself if they are all of it."""
+        return self.x_TK if len(rows) == len(self.x_TK) else self.store.rows(self.x_TK, rows)
+
+    def grads(self, rows: Tensor) -> Tensor | None:
+        """Those rows of the gradient."""
+        return None if self.grad_TN is None else self.store.rows(self.grad_TN, rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,33 +69,98 @@ class Probe:
         return len(self.x_TK) / max(self.tokens, 1)
 
 
-def join_captures(captures: Sequence[Capture], grads: Sequence[Tensor], fit: int) -> SiteInputs:
-    """One SiteInputs of the captures of all batches, in batch order."""
-    first = captures[0]
-    routed = first.index_TR is not None
+class Captures:
+    """What the sites of a layer saw in each batch, kept by a store until it is joined.
+
+    Sites that read the same tensor share it, and what it is joined to.
+    """
+
+    def __init__(self, store: ActivationStore) -> None:
+        self.store = store
+        self._captures: dict[str, list[Capture]] = {}
+        self._grads: dict[str, list[Tensor]] = {}
+        # By storage and view; the original stays alive, so that no other tensor takes its address.
+        self._seen: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
+
+    def add(self, capture: Capture) -> int:
+        """Keep what one call saw, without its output; its place among the calls of its site."""
+        calls = self._captures.setdefault(capture.site, [])
+        calls.append(
+            Capture(
+                capture.site,
+                self._kept(capture.x_TK),
+                None,
+                capture.index_TR,
+                None if capture.weights_TR is None else capture.weights_TR.detach(),
+            )
+        )
+        return len(calls) - 1
+
+    def add_grad(self, site: str, place: int, grad_TN: Tensor) -> None:
+        """Keep the gradient at the output of that call of a site."""
+        grads = self._grads.setdefault(site, [])
+        grads.extend(torch.zeros(0) for _ in range(place + 1 - len(grads)))
+        grads[place] = self.store.keep(grad_TN.detach().flatten(0, -2))
+
+    def end_batch(self) -> None:
+        """Call it when a batch has run: what lies in files leaves memory."""
+        for _, kept in self._seen.values():
+            self.store.release(kept)
+        for grads in self._grads.values():
+            self.store.release(grads[-1])
+        self._seen.clear()
+
+    def join(self, fit_tokens: int) -> dict[str, SiteInputs]:
+        """Inputs of every site over all batches, in batch order; nothing is left here."""
+        joined: dict[tuple[int, ...], Tensor] = {}
+        sites = {}
+        for site, captures in self._captures.items():
+            key = tuple(id(capture.x_TK) for capture in captures)
+            if key not in joined:
+                joined[key] = self.store.join([capture.x_TK for capture in captures])
+            grads = self._grads.pop(site, None)
+            sites[site] = _site_inputs(captures, joined[key], grads, fit_tokens, self.store)
+        self._captures.clear()
+        return sites
+
+    def _kept(self, x_TK: Tensor) -> Tensor:
+        storage = x_TK.untyped_storage().data_ptr(), x_TK.storage_offset(), x_TK._version
+        key = (*storage, tuple(x_TK.shape), x_TK.stride())
+        if key not in self._seen:
+            self._seen[key] = x_TK, self.store.keep(x_TK.detach())
+        return self._seen[key][1]
+
+
+def _site_inputs(
+    captures: Sequence[Capture],
+    x_TK: Tensor,
+    grads: Sequence[Tensor] | None,
+    fit_tokens: int,
+    store: ActivationStore,
+) -> SiteInputs:
+    routed = [c for c in captures if c.index_TR is not None and c.weights_TR is not None]
     return SiteInputs(
-        first.site,
-        torch.cat([c.x_TK.detach() for c in captures]),
-        torch.cat([c.index_TR for c in captures if c.index_TR is not None]) if routed else None,
-        torch.cat([c.weights_TR.detach() for c in captures if c.weights_TR is not None])
-        if routed
-        else None,
-        torch.cat(list(grads)) if grads else None,
-        fit,
+        captures[0].site,
+        x_TK,
+        torch.cat([c.index_TR for c in routed if c.index_TR is not None]) if routed else None,
+        torch.cat([c.weights_TR for c in routed if c.weights_TR is not None]) if routed else None,
+        None if grads is None else store.join(grads),
+        fit_tokens,
+        store,
     )
 
 
 def linear_probe(module: nn.Module, inputs: SiteInputs, *, max_tokens: int | None = None) -> Probe:
     """The probe of a plain linear: every token passes."""
     rows = _thin(torch.arange(len(inputs.x_TK)), max_tokens)
-    x_TK = inputs.x_TK[rows]
+    x_TK = inputs.rows(rows)
     return Probe(
         block=inputs.site,
         x_TK=x_TK,
         z_TN=module(x_TK).detach(),
         bias_N=cast(Tensor | None, module.bias),
         gate_T=torch.ones(len(rows)),
-        grad_TN=None if inputs.grad_TN is None else inputs.grad_TN[rows],
+        grad_TN=inputs.grads(rows),
         tokens=len(inputs.x_TK),
         fit_rows=int((rows < inputs.fit_tokens).sum()),
     )
@@ -101,10 +177,11 @@ def expert_probes(
     kept = _thin(torch.arange(len(rows)), max_tokens)
     rows, positions = rows[kept], positions[kept]
     gate_T = inputs.weights_TR[rows, positions].to(torch.float32)
-    trace = _Trace(module, expert, inputs.x_TK[rows], gate_T)
+    trace = _Trace(module, expert, inputs.rows(rows), gate_T)
     grads: Mapping[str, Tensor | None] = dict.fromkeys(trace.outputs)
-    if inputs.grad_TN is not None and len(rows) > 0:
-        grads = trace.gradients(inputs.grad_TN[rows])
+    grad_TH = inputs.grads(rows)
+    if grad_TH is not None and len(rows) > 0:
+        grads = trace.gradients(grad_TH)
     fit_rows = int((rows < inputs.fit_tokens).sum())
     return {
         projection: Probe(

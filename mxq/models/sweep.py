@@ -2,19 +2,21 @@
 
 A backward sweep needs no more than one layer in memory either: a forward sweep keeps the input of
 every layer, labels are sampled from the model's own predictions, and the layers are read again in
-reverse order, each run with gradients from its kept input.
+reverse order, each run with gradients from its kept input. What is kept goes to the store of the
+batches, which moves it to files beyond its limit.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from mxq.blocks import read_block
+from mxq.models.activations import ActivationStore
 from mxq.models.adapter import Capture, ModelAdapter
-from mxq.models.lockstep import LayerCall, hidden_of, run_in_lockstep
-from mxq.models.probes import SiteInputs, join_captures
+from mxq.models.lockstep import LayerCall, hidden_of, run_calls, run_in_lockstep
+from mxq.models.probes import Captures, SiteInputs
 from mxq.numerics import check_finite
 
 OnSites = Callable[[int, dict[str, SiteInputs], list[LayerCall]], None]
@@ -24,12 +26,20 @@ OnProgress = Callable[[str, int, int], None]
 """``(what, done, total)``."""
 
 
+CHUNK_POSITIONS = 256
+"""Positions whose probabilities exist at a time: 150 MB for a vocabulary of 150 000."""
+
+
 @dataclass(frozen=True, slots=True)
 class Batches:
-    """Token batches in order; the first ``fit`` of them may be fitted to, the rest are held out."""
+    """Token batches in order; the first ``fit`` of them may be fitted to, the rest are held out.
+
+    ``store`` keeps the activations that they give.
+    """
 
     tokens: tuple[Tensor, ...]
     fit: int
+    store: ActivationStore = field(default_factory=ActivationStore, compare=False)
 
     @property
     def heldout(self) -> tuple[Tensor, ...]:
@@ -48,39 +58,57 @@ class Batches:
 
 
 def make_batches(
-    fit_ids: Tensor, heldout_ids: Tensor | None, *, batch_tokens: int = 4096
+    fit_ids: Tensor,
+    heldout_ids: Tensor | None,
+    *,
+    batch_tokens: int = 4096,
+    store: ActivationStore | None = None,
 ) -> Batches:
     """Cut samples [samples, sequence] into batches of about that many tokens."""
     rows = max(1, batch_tokens // fit_ids.shape[1])
     fit = torch.split(fit_ids, rows)
     held = () if heldout_ids is None else torch.split(heldout_ids, rows)
-    return Batches((*fit, *held), len(fit))
+    return Batches((*fit, *held), len(fit), store or ActivationStore())
 
 
 def sweep_forward(
-    adapter: ModelAdapter, batches: Batches, on_sites: OnSites, progress: OnProgress | None = None
+    adapter: ModelAdapter,
+    batches: Batches,
+    on_sites: OnSites,
+    progress: OnProgress | None = None,
+    *,
+    only_experts: bool = False,
 ) -> None:
     """Visit the layers in order with the inputs of their sites; weights stay the original ones.
+
+    ``only_experts`` leaves out the sites that are plain linears.
 
     Raises:
         ValueError: If a weight is NaN or infinite, with the name of its block or parameter.
     """
-    source = adapter.source
+    source, store = adapter.source, batches.store
 
     def on_layer(layer: int, calls: list[LayerCall]) -> list[object]:
         source.load_layer(layer)
         _check_weights(adapter, layer)
-        captures: dict[str, list[Capture]] = {}
-        with adapter.recording(layer, _collector(captures)), torch.no_grad():
-            outputs = [call.run() for call in calls]
-        sites = {site: join_captures(c, (), batches.fit_tokens) for site, c in captures.items()}
+        captures = Captures(store)
+
+        def sink(capture: Capture) -> None:
+            if capture.index_TR is not None or not only_experts:
+                captures.add(capture)
+
+        outputs: list[object] = []
         with torch.no_grad():
-            on_sites(layer, sites, calls)
+            for call in calls:
+                with adapter.recording(layer, sink):
+                    outputs += run_calls([call], store)
+                captures.end_batch()
+            on_sites(layer, captures.join(batches.fit_tokens), calls)
         source.free_layer(layer)
         _tell(progress, "forward", layer + 1, len(source.layers))
         return outputs
 
-    run_in_lockstep(source.model, source.layers, batches.tokens, on_layer)
+    run_in_lockstep(source.model, source.layers, batches.tokens, on_layer, store=store)
 
 
 def sweep_backward(
@@ -103,18 +131,12 @@ def sweep_backward(
     source = adapter.source
     for layer in reversed(range(len(source.layers))):
         source.load_layer(layer)
-        calls = kept.pop()
-        captures: dict[str, list[Capture]] = {}
-        site_grads: dict[str, list[Tensor]] = {}
+        calls, captures = kept.pop(), Captures(batches.store)
         for batch, call in enumerate(calls):
-            grads[batch] = _backward_layer(adapter, layer, call, grads[batch], captures, site_grads)
-        sites = {
-            site: join_captures(captures[site], site_grads[site], batches.fit_tokens)
-            for site in captures
-        }
-        captures.clear()
+            grads[batch] = _backward_layer(adapter, layer, call, grads[batch], captures)
+            captures.end_batch()
         with torch.no_grad():
-            on_sites(layer, sites, calls)
+            on_sites(layer, captures.join(batches.fit_tokens), calls)
         source.free_layer(layer)
         _tell(progress, "backward", len(source.layers) - layer, len(source.layers))
 
@@ -126,7 +148,7 @@ def _forward_keeping_inputs(
     progress: OnProgress | None,
 ) -> tuple[list[list[LayerCall]], list[Tensor]]:
     """All layer calls, by layer and batch, and the gradient at the last layer's output."""
-    source = adapter.source
+    source, store = adapter.source, batches.store
     kept: list[list[LayerCall]] = []
     last_hidden: list[Tensor] = []
     grads: list[Tensor] = []
@@ -141,7 +163,7 @@ def _forward_keeping_inputs(
             )
         source.load_layer(layer)
         with torch.no_grad():
-            outputs = [call.run() for call in calls]
+            outputs = run_calls(calls, store)
         source.free_layer(layer)
         kept.append([call.with_hidden(call.hidden.detach()) for call in calls])
         last_hidden[:] = [hidden_of(output) for output in outputs]
@@ -153,66 +175,61 @@ def _forward_keeping_inputs(
 
     def on_result(batch: int, result: object) -> None:
         logits = result.logits  # type: ignore[attr-defined]
-        loss = _sampled_loss(logits, generator)
-        grads.append(torch.autograd.grad(loss, last_hidden[batch])[0])
+        slope = _loss_gradient(logits.detach(), generator)
+        grad = torch.autograd.grad(logits, last_hidden[batch], slope)[0]
+        grads.append(store.keep(grad, cold=True))
+        store.release(grad)
+        store.release(last_hidden[batch])
 
-    run_in_lockstep(source.model, source.layers, batches.tokens, on_layer, on_result)
+    run_in_lockstep(
+        source.model, source.layers, batches.tokens, on_layer, on_result, store=batches.store
+    )
     return kept, grads
 
 
-def _sampled_loss(logits_BSV: Tensor, generator: torch.Generator) -> Tensor:
-    """Summed cross-entropy to one label per position, drawn from the predictions."""
-    logits_TV = logits_BSV.flatten(0, 1).float()
-    with torch.no_grad():
-        # Inverse-CDF sampling: one uniform per token, whatever the vocabulary.
-        cdf_TV = logits_TV.softmax(-1).cumsum(-1)
-        draw_T1 = torch.rand(len(cdf_TV), 1, generator=generator) * cdf_TV[:, -1:]
-        labels_T = torch.searchsorted(cdf_TV, draw_T1).squeeze(-1).clamp(max=cdf_TV.shape[1] - 1)
-    return torch.nn.functional.cross_entropy(logits_TV, labels_T, reduction="sum")
+def _loss_gradient(logits_BSV: Tensor, generator: torch.Generator) -> Tensor:
+    """Gradient of the summed cross-entropy to one label per position, drawn from the predictions.
+
+    By hand and for some positions at a time (``softmax - one_hot``): a large vocabulary makes the
+    logits of a batch the largest tensor there is, and a graph would hold several of that size.
+    """
+    logits_TV = logits_BSV.flatten(0, 1)
+    slope_TV = torch.empty_like(logits_TV)
+    # Inverse-CDF sampling: one uniform per token, whatever the vocabulary.
+    draw_T1 = torch.rand(len(logits_TV), 1, generator=generator)
+    for start in range(0, len(logits_TV), CHUNK_POSITIONS):
+        part = slice(start, start + CHUNK_POSITIONS)
+        cdf_TV = logits_TV[part].float().softmax(-1).cumsum(-1)
+        labels_T1 = torch.searchsorted(cdf_TV, draw_T1[part] * cdf_TV[:, -1:])
+        labels_T1 = labels_T1.clamp(max=cdf_TV.shape[1] - 1)
+        chances_TV = logits_TV[part].float().log_softmax(-1).exp()
+        ones_T1 = torch.ones_like(labels_T1, dtype=chances_TV.dtype)
+        slope_TV[part] = chances_TV.scatter_add(-1, labels_T1, -ones_T1)
+    return slope_TV.view_as(logits_BSV)
 
 
 def _backward_layer(
-    adapter: ModelAdapter,
-    layer: int,
-    call: LayerCall,
-    grad: Tensor,
-    captures: dict[str, list[Capture]],
-    site_grads: dict[str, list[Tensor]],
+    adapter: ModelAdapter, layer: int, call: LayerCall, grad: Tensor, captures: Captures
 ) -> Tensor:
-    """Run one layer with gradients; fills captures and gradients at site outputs."""
+    """Run one layer with gradients; fills captures with inputs and gradients at site outputs."""
 
     def sink(capture: Capture) -> None:
         assert capture.output is not None
-        detached = Capture(
-            capture.site,
-            capture.x_TK.detach(),
-            None,
-            capture.index_TR,
-            None if capture.weights_TR is None else capture.weights_TR.detach(),
+        site, place = capture.site, captures.add(capture)
+        capture.output.register_hook(  # type: ignore[no-untyped-call]  # of torch
+            lambda g: captures.add_grad(site, place, g)
         )
-        captures.setdefault(capture.site, []).append(detached)
-        slot = site_grads.setdefault(capture.site, [])
-        slot.append(torch.zeros(()))
-        place = len(slot) - 1
-
-        def keep(g: Tensor) -> None:
-            slot[place] = g.detach().flatten(0, -2)
-
-        capture.output.register_hook(keep)  # type: ignore[no-untyped-call]  # of torch
 
     hidden = call.hidden.requires_grad_()
     with adapter.recording(layer, sink), torch.enable_grad():
         output = hidden_of(call.with_hidden(hidden).run())
         result = torch.autograd.grad(output, hidden, grad)[0]
     call.hidden.requires_grad_(False)
+    captures.store.release(call.hidden)
+    captures.store.release(grad)
+    captures.store.keep(result, cold=True)
+    captures.store.release(result)
     return result
-
-
-def _collector(captures: dict[str, list[Capture]]) -> Callable[[Capture], None]:
-    def sink(capture: Capture) -> None:
-        captures.setdefault(capture.site, []).append(capture)
-
-    return sink
 
 
 def _check_weights(adapter: ModelAdapter, layer: int) -> None:

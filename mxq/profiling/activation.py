@@ -91,7 +91,7 @@ def profile_routing(
             routing[site] = by_sample[0].to(torch.int64)
             stats.append(_site_stats(adapter, inputs, by_sample, sample_domain, len(names)))
 
-    sweep_forward(adapter, batches, on_sites, progress)
+    sweep_forward(adapter, batches, on_sites, progress, only_experts=True)
     return tuple(stats), Routing(routing)
 
 
