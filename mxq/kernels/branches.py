@@ -77,13 +77,14 @@ def _start_lines(form: WeightFormat) -> list[str]:
         lines += ["w_NK = words_ptr + w_off + unit * (n_pad * 128)"]
         return [*lines, "w_NK += (n0 + n_N)[:, None] * 128 + k_K[None, :]"]
     planes = planes_of(form)
+    lines += [
+        f"w_ptr = words_ptr + w_off + unit * (n_pad * {form.step_bytes}) + n0 * {4 * planes.words}",
+        "w_ptr = w_ptr.to(tl.pointer_type(tl.int32))",
+    ]
     for index in range(planes.count):
-        plane = f" + n_pad * {index * planes.width}" if index else ""
-        lines.append(f"w{index}_NB = words_ptr + w_off + unit * (n_pad * {form.step_bytes}){plane}")
-        lines.append(
-            f"w{index}_NB += (n0 + n_N)[:, None] * {planes.width}"
-            f" + tl.arange(0, {planes.width})[None, :]"
-        )
+        plane = f" + n_pad * {index * planes.words}" if index else ""
+        row = f"n_N[:, None] * {planes.words} + tl.arange(0, {planes.words})[None, :]"
+        lines.append(f"w{index}_NW = w_ptr{plane} + {row}")
     return lines
 
 
@@ -142,8 +143,8 @@ def _load_weight_lines(form: WeightFormat) -> list[str]:
     lines = []
     arguments = [f"packed{index}" for index in range(planes_of(form).count)]
     for index, name in enumerate(arguments):
-        lines.append(f"{name} = load_words(w{index}_NB)")
-        lines.append(f"w{index}_NB += n_pad * {form.step_bytes}")
+        lines.append(f"{name} = tl.load(w{index}_NW)")
+        lines.append(f"w{index}_NW += n_pad * {form.step_bytes // 4}")
     if takes_offset(form) and form.group_size is None:
         arguments.append("offset_N[:, None]")
     elif takes_offset(form):

@@ -15,13 +15,13 @@ PAIRS, QUADS = 16, 8  # of a thread in one row of a unit: 128 codes / 4 threads,
 
 @dataclass(frozen=True, slots=True)
 class Planes:
-    """How the packed rows of a unit are loaded: ``count`` tensors of ``width`` bytes a row.
+    """How the packed rows of a unit are loaded: ``count`` tensors of ``words`` words a row.
 
-    Each asm call takes one word of every plane and makes ``outputs`` tensors of 4 values.
+    One word of every plane makes ``4 * outputs`` values.
     """
 
     count: int
-    width: int
+    words: int
     outputs: int
 
 
@@ -30,8 +30,8 @@ def planes_of(form: WeightFormat) -> Planes:
     bits = form.w_bits
     values = 4 * QUADS  # of one row and thread in a unit
     if bits in (3, 5, 6):
-        return Planes(bits, 16, values // 4)
-    return Planes(1, 16 * bits, values // bits // 4)
+        return Planes(bits, 4, values // 4)
+    return Planes(1, 4 * bits, values // bits // 4)
 
 
 def function_name(form: WeightFormat) -> str:

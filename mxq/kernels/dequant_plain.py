@@ -27,7 +27,7 @@ def render_plain(form: WeightFormat) -> str:
     values = _plain_int8(form.w_bits, planes) if is_int8 else _plain_bf16(form.w_bits, planes)
     lines = [f"v{index} = {value}" for index, value in enumerate(values)]
     side = 4 if is_int8 else 2  # codes beside each other in a word
-    shape = f"(128, 4, {planes.width // 16}, {len(values) // side}, {side})"
+    shape = f"(128, 4, {planes.words // 4}, {len(values) // side}, {side})"
     lines += [
         *join_lines([f"v{index}" for index in range(len(values))]),
         f"w = tl.permute(tl.reshape(w, {shape}), (0, 2, 3, 1, 4))",

@@ -1,4 +1,8 @@
-"""Unpacking in inline PTX: one asm call for each word of a plane, four values to an output."""
+"""Unpacking in inline PTX: one asm call for each word of a plane.
+
+Operands and results are words. Asm on smaller types takes those that a thread's registers hold next
+to each other, and the layout of a matrix operand has other rows there, not the rest of a word.
+"""
 
 import struct
 from collections.abc import Sequence
@@ -21,6 +25,7 @@ from mxq.kernels.spec import WeightFormat
 
 _TYPES_ON_A_LINE = 4
 _NAMES_ON_A_LINE = 13
+_TARGETS_ON_A_LINE = 14
 
 
 def render_ptx(form: WeightFormat) -> str:
@@ -37,8 +42,8 @@ def _render_bf16(form: WeightFormat) -> str:
     names = [f"x{index}" for index in range(planes.count)]
     offset_of = {f: f"offset{f}" for f in fields}
     if takes_offset(form):
-        # Operands follow the outputs: the words, then two registers for each offset.
-        offset_of = {f: f"${regs + planes.count + 2 * i}" for i, f in enumerate(fields)}
+        # Operands follow the outputs: the words, then a register for each offset.
+        offset_of = {f: f"${regs + planes.count + i}" for i, f in enumerate(fields)}
     asm = [
         *_constant_lines(form, fields),
         *(
@@ -47,18 +52,17 @@ def _render_bf16(form: WeightFormat) -> str:
             else _pair_lines(pairs, words, offset_of, skip=not takes_offset(form))
         ),
     ]
-    offsets = [_offset_line(f, planes) for f in fields] if takes_offset(form) else []
-    args = [*names, *(f"offset{f}" for f in fields if offsets)]
-    constraints = ",".join(["=&r"] * regs + ["r"] * (planes.count + 2 * len(offsets)))
+    offsets = [f"offset{f}" for f in fields] if takes_offset(form) else []
     return FUNCTION.format(
         name=function_name(form),
         parameters=", ".join([*names, "offset"] if offsets else names),
         doc=describe(form),
         body=indent(
             [
-                *offsets,
-                *_asm_call(asm, constraints, args, "tl.bfloat16", planes.outputs),
-                *_order_lines(planes, "pairs"),
+                *(line for f in fields if offsets for line in _offset_lines(f, planes)),
+                *_asm_call(asm, [*names, *offsets], regs),
+                *_PAIR_LINES,
+                *_order_lines(planes, regs, 2),
             ]
         ),
     )
@@ -68,7 +72,6 @@ def _render_int8(form: WeightFormat) -> str:
     planes = planes_of(form)
     names = [f"x{index}" for index in range(planes.count)]
     words = [f"${planes.outputs + index}" for index in range(planes.count)]
-    constraints = ",".join(["=&r"] * planes.outputs + ["r"] * planes.count)
     asm = _quad_lines(form.w_bits, planes, words)
     return FUNCTION.format(
         name=function_name(form),
@@ -76,8 +79,9 @@ def _render_int8(form: WeightFormat) -> str:
         doc=describe(form),
         body=indent(
             [
-                *_asm_call(asm, constraints, names, "tl.int8", planes.outputs),
-                *_order_lines(planes, "quads"),
+                *_asm_call(asm, names, planes.outputs),
+                *_QUAD_LINES,
+                *_order_lines(planes, planes.outputs, 4),
             ]
         ),
     )
@@ -180,51 +184,71 @@ class _Shifted:
         return [f".reg .b32 {', '.join(row)};" for row in rows]
 
 
-def _order_lines(planes: Planes, kind: str) -> list[str]:
-    """From (row, thread, word, byte, output) to (row, k)."""
-    outputs, words = planes.outputs, planes.width // 16
-    if kind == "pairs":  # k = 8 * (2 * output + byte // 2) + 2 * thread + byte % 2
-        shape, order = f"(128, 4, {words}, 2, 2, {outputs})", "(0, 2, 5, 3, 1, 4)"
-    else:  # k = 16 * output + 4 * thread + byte
-        shape, order = f"(128, 4, {words}, 4, {outputs})", "(0, 2, 4, 1, 3)"
+def _asm_call(asm: Sequence[str], args: Sequence[str], results: int) -> list[str]:
+    """The call, and its results joined in order into words ``w``."""
+    names = [f"r{index}" for index in range(results)]
+    constraints = ",".join(["=&r"] * results + ["r"] * len(args))
     return [
-        *join_lines([f"r{index}" for index in range(outputs)]),
-        f"w = tl.permute(tl.reshape(w, {shape}), {order})",
-        "return tl.reshape(w, (128, 128))",
-    ]
-
-
-def _asm_call(
-    asm: Sequence[str], constraints: str, args: Sequence[str], dtype: str, outputs: int
-) -> list[str]:
-    names = ", ".join(f"r{index}" for index in range(outputs))
-    return [
-        f"{names} = tl.inline_asm_elementwise(",
+        *_target_lines(names),
         '    asm="""{',
         *(f"        {line}" for line in asm),
         '    }""",',
         f'    constraints="{constraints}",',
         f"    args=[{', '.join(args)}],",
-        *_dtype_lines(dtype, outputs),
+        *_dtype_lines(results),
         "    is_pure=True,",
-        "    pack=4,",
+        "    pack=1,",
         ")",
+        *join_lines(names),
     ]
 
 
-def _dtype_lines(dtype: str, outputs: int) -> list[str]:
-    if outputs == 1:
-        return [f"    dtype={dtype},"]
-    if outputs <= _TYPES_ON_A_LINE:
-        return [f"    dtype=({', '.join([dtype] * outputs)}),"]
-    return ["    dtype=(", *[f"        {dtype},"] * outputs, "    ),"]
+_PAIR_LINES = (
+    "low = w.to(tl.int16).to(tl.bfloat16, bitcast=True)",
+    "high = (w >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)",
+    "w = tl.join(low, high)",
+)
+_QUAD_LINES = (
+    "even = tl.join(w.to(tl.int8), (w >> 16).to(tl.int8))",
+    "odd = tl.join((w >> 8).to(tl.int8), (w >> 24).to(tl.int8))",
+    "w = tl.join(even, odd)",
+)
+# The compiler sees that a register is taken apart and put together again, and does neither.
 
 
-def _offset_line(field: int, planes: Planes) -> str:
-    """The offset of fields at that bit, as wide as a plane: -(2**(7-f) + zero)."""
+def _order_lines(planes: Planes, results: int, side: int) -> list[str]:
+    """From (row, thread, word, result, code) to (row, k), ``side`` codes beside each other."""
+    shape = f"(128, 4, {planes.words // 4}, {results}, {side})"
+    return [
+        f"w = tl.permute(tl.reshape(w, {shape}), (0, 2, 3, 1, 4))",
+        "return tl.reshape(w, (128, 128))",
+    ]
+
+
+def _target_lines(names: Sequence[str]) -> list[str]:
+    """Start of the call, with as many names on a line as fit."""
+    call = "tl.inline_asm_elementwise("
+    if len(names) <= _TARGETS_ON_A_LINE:
+        return [f"{', '.join(names)} = {call}"]
+    return ["(", *[f"    {name}," for name in names], f") = {call}"]
+
+
+def _dtype_lines(results: int) -> list[str]:
+    if results == 1:
+        return ["    dtype=tl.int32,"]
+    if results <= _TYPES_ON_A_LINE:
+        return [f"    dtype=({', '.join(['tl.int32'] * results)}),"]
+    return ["    dtype=(", *["        tl.int32,"] * results, "    ),"]
+
+
+def _offset_lines(field: int, planes: Planes) -> list[str]:
+    """The offset of fields at that bit, for both halves of a word: -(2**(7-f) + zero)."""
     shift = 128.0 - 2.0 ** (MANTISSA_BITS - field)
-    value = "offset" if shift == 0.0 else f"offset + {shift}"
-    return f"offset{field} = tl.broadcast_to({value}, (128, {planes.width}))"
+    value = "offset" if shift == 0.0 else f"(offset + {shift})"
+    return [
+        f"half{field} = {value}.to(tl.uint16, bitcast=True).to(tl.int32)",
+        f"offset{field} = tl.broadcast_to(half{field} * 0x10001, (128, {planes.words}))",
+    ]
 
 
 def _twice(mask: int) -> str:

@@ -67,15 +67,6 @@ def to_bf16(x):
     """Round float32 to bfloat16, to nearest, ties to even."""
     return x.to(tl.bfloat16)
 ''',
-    "load_words": '''
-@triton.jit
-def load_words(bytes_NB):
-    """Packed rows as words, [128, bytes / 4]."""
-    BYTES: tl.constexpr = bytes_NB.shape[1]
-    first_NW, _ = tl.split(tl.reshape(bytes_NB, (128, BYTES // 2, 2)))
-    first_NW, _ = tl.split(tl.reshape(first_NW, (128, BYTES // 4, 2)))
-    return tl.load(first_NW.to(tl.pointer_type(tl.int32)))
-''',
     "low_float": '''
 @triton.jit
 def low_float(meta):
@@ -139,12 +130,6 @@ def dot_fp8(w, x, acc):
 }
 
 _PTX_HELPERS = {
-    "load_words": '''
-@triton.jit
-def load_words(bytes_NB):
-    """Packed rows, [128, bytes]; four bytes of a thread are a word."""
-    return tl.load(bytes_NB)
-''',
     "scale_bf16": '''
 @triton.jit
 def scale_bf16(w, scale):

@@ -176,7 +176,10 @@ class Value:
     def shape(self):
         return self.bits.shape
 
-    def to(self, dtype):
+    def to(self, dtype, bitcast=False):
+        if bitcast:
+            view = np.uint16 if dtype == "bf16" else dtype
+            return Value(np.ascontiguousarray(self.bits).view(view), dtype)
         number = bf16_values(self.bits) if self.dtype == "bf16" else self.bits
         if dtype == "bf16":
             return Value(bf16_bits(number), dtype)
@@ -191,6 +194,9 @@ class Value:
             return Value(bf16_bits(bf16_values(self.bits) + constant), "bf16")
         right = other.bits if isinstance(other, Value) else np.float32(other)
         return Value(self.bits + right, self.dtype)
+
+    def __mul__(self, factor):
+        return Value(self.bits * np.int32(factor), self.dtype)
 
     def __rshift__(self, count):
         return Value(self.bits >> count, self.dtype)
@@ -229,6 +235,9 @@ class Emulator:
             bfloat16="bf16",
             float32="float32",
             int8="int8",
+            int16="int16",
+            uint16="uint16",
+            int32="int32",
             broadcast_to=lambda x, shape: Value(np.broadcast_to(x.bits, shape), x.dtype),
             join=_join,
             permute=lambda x, order: Value(x.bits.transpose(order), x.dtype),
@@ -237,23 +246,30 @@ class Emulator:
         )
 
     def _run_inline(self, asm, constraints, args, dtype, is_pure, pack):
-        """Each program runs the text on ``pack`` neighbours of every tensor at a time."""
+        """Each program runs the text on ``pack`` elements of every tensor at a time.
+
+        Which ones a thread has next to each other is a matter of layouts that the text does not
+        choose: in the operand of a matrix instruction they are of different rows. So any.
+        """
         assert is_pure
         parsed = parse_asm(asm, constraints)
         self.asms.append(parsed)
         shape = np.broadcast_shapes(*(value.shape for value in args))
+        order = np.random.default_rng(0).permutation(int(np.prod(shape)))
         registers = [
             register
             for value in args
-            for register in _to_registers(np.broadcast_to(value.bits, shape), pack)
+            for register in _to_registers(np.broadcast_to(value.bits, shape).flat[order], pack)
         ]
         outputs = run_asm(parsed, registers)
         dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
-        results, storage = [], {"bf16": np.uint16, "int8": np.int8}
+        results, storage = [], {"bf16": np.uint16, "int8": np.int8, "int32": np.int32}
         for kind in dtypes:
             taken = pack * storage[kind]().itemsize // 4
             words = np.stack(outputs[:taken], -1)
-            results.append(Value(words.view(storage[kind]).reshape(shape), kind))
+            found = np.empty(shape, storage[kind])
+            found.flat[order] = words.view(storage[kind]).ravel()
+            results.append(Value(found, kind))
             outputs = outputs[taken:]
         assert not outputs, "more registers than the results have"
         return tuple(results) if isinstance(dtype, tuple) else results[0]

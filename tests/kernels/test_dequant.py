@@ -37,20 +37,18 @@ def codes_of(form, kind):
     return ((start + torch.arange(128)) % 2**form.w_bits).to(torch.uint8)
 
 
-def loaded(form, codes_NK, dialect):
-    """The planes of one unit as a program loads them: bytes for PTX, words for plain text."""
+def loaded(form, codes_NK):
+    """The planes of one unit as a program loads them, in words."""
     planes = planes_of(form)
     packed = to_kernel_order(codes_NK, layout_of(form)).numpy()
-    rows = packed.reshape(planes.count, 128, planes.width)
-    if dialect == "ptx":
-        return [Value(rows[i], "uint8") for i in range(planes.count)]
-    return [Value(rows[i].view("<i4"), "int32") for i in range(planes.count)]
+    rows = packed.view("<i4").reshape(planes.count, 128, planes.words)
+    return [Value(rows[i], "int32") for i in range(planes.count)]
 
 
 def unpacked(form, codes_NK, zero_N, dialect):
     """What the device function makes of packed codes, as integers [128, 128]."""
     functions = Emulator().load(render_unpack(form, dialect))
-    arguments = loaded(form, codes_NK, dialect)
+    arguments = loaded(form, codes_NK)
     if takes_offset(form):
         offset_N = -(zero_N + (0 if form.w_bits == 8 else 128))
         arguments.append(Value(bf16_bits(offset_N), "bf16")[:, None])
@@ -86,7 +84,7 @@ def test_every_zero_point_is_taken_off_every_code(form, dialect):
 def test_an_output_never_takes_the_register_of_an_input_that_is_still_needed(form):
     emulator = Emulator()
     functions = emulator.load(render_unpack(form, "ptx"))
-    arguments = loaded(form, codes_of(form, "random"), "ptx")
+    arguments = loaded(form, codes_of(form, "random"))
     if takes_offset(form):
         arguments.append(Value(np.zeros((128, 1), np.uint16), "bf16"))
     functions[function_name(form)](*arguments)
