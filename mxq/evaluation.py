@@ -13,12 +13,9 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from mxq.models.source import load_whole
 
 Loaded = TypeVar("Loaded")
 
@@ -181,7 +178,7 @@ def load_model(name: str, *, device: str | None = None) -> PreTrainedModel:
         ValueError: If it cannot be loaded; the message says why in one line.
     """
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    load = partial(AutoModelForCausalLM.from_pretrained, device_map=place)
+    load = partial(load_whole, device_map=place)
     model: PreTrainedModel = _loaded(load, name)
     return model
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from mxq.evaluation import compare_logits
 from mxq.models.adapter import ModelAdapter
 from mxq.models.lockstep import LayerCall, run_in_lockstep
+from mxq.models.source import load_whole
 from mxq.models.sweep import OnProgress
 
 
@@ -88,7 +88,7 @@ def measure_loss(
 
 
 def _load(folder: Path, dtype: torch.dtype) -> nn.Module:
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model: nn.Module = load_whole(folder, dtype=dtype)
     return model.eval()
 
 

@@ -95,20 +95,39 @@ def swap_modules(model: nn.Module, plan: CheckpointPlan, compute_dtype: torch.dt
     for path, schemes in plan.experts.items():
         original = modules.get(path)
         if original is None or not is_fused_experts(original):
-            raise ValueError(f"the checkpoint's plan names experts {path!r}, absent in this model")
+            raise _absent(model, f"experts {path!r}")
         rotated = path in plan.rotated
         with torch.device("meta"):
             packed = MxqExperts(original, schemes, rotated=rotated, compute_dtype=compute_dtype)
         model.set_submodule(path, packed)
+        _mark_initialized(modules[path.rpartition(".")[0]])
     for path, scheme in plan.linears.items():
         original = modules.get(path)
         if type(original) is not nn.Linear:
-            raise ValueError(f"the checkpoint's plan names a linear {path!r}, absent in this model")
+            raise _absent(model, f"a linear {path!r}")
         with torch.device("meta"):
             linear = packed_linear(
                 original, scheme, rotated=path in plan.rotated, compute_dtype=compute_dtype
             )
         model.set_submodule(path, linear)
+
+
+def _absent(model: nn.Module, what: str) -> ValueError:
+    """Says which class to load with, where the files were written by another one."""
+    text = f"the checkpoint's plan names {what}, absent in this model"
+    written_by = getattr(getattr(model, "config", None), "architectures", None) or ()
+    if written_by and type(model).__name__ not in written_by:
+        text += (
+            f" ({type(model).__name__}); load it with {written_by[0]}, or with the auto class that "
+            "has it, such as AutoModelForImageTextToText"
+        )
+    return ValueError(text)
+
+
+def _mark_initialized(block: nn.Module) -> None:
+    """Some families fill the fused experts from the block around them; all comes from the files."""
+    if not block._non_persistent_buffers_set:
+        block._is_hf_initialized = True  # type: ignore[assignment]  # a flag of transformers
 
 
 def check_files(plan: CheckpointPlan, paths: list[Path]) -> None:

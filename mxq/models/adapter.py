@@ -32,6 +32,14 @@ from mxq.scheme import Scheme
 _ROUTER_PARTS = {"gate", "router", "shared_expert_gate"}
 """Roles in a module path that decide where a token goes; they stay in their type."""
 
+_FEED_FORWARD_PARTS = {"mlp", "shared_mlp", "feed_forward", "shared_expert", "shared_experts"}
+"""Names of a decoder layer's children that are on its feed-forward side, beside the experts'."""
+
+_OTHER_SENSES = re.compile(r"vision|visual|image|video|audio")
+"""Roles in a module path that calibration text does not reach; they stay in their type."""
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 
 @dataclass(frozen=True, slots=True)
 class Capture:
@@ -80,7 +88,8 @@ class ModelAdapter:
         experts = [name for name, m in source.model.named_modules() if is_fused_experts(m)]
         self.is_moe = any(name.startswith(source.layers_name + ".") for name in experts)
         self.scope = scope if scope != "auto" else ("experts" if self.is_moe else "all")
-        self._moe_children = {self._relative(name).split(".")[0] for name in experts}
+        self._feed_forward = {self._relative(name).split(".")[0] for name in experts}
+        self._feed_forward |= _FEED_FORWARD_PARTS if self.is_moe else set()
         self.sites: dict[str, str] = {}
         self._blocks = tuple(self._find_blocks())
         self._by_name = {block.name: block for block in self._blocks}
@@ -167,7 +176,7 @@ class ModelAdapter:
     def _find_blocks(self) -> Iterator[LinearBlock]:
         for layer, module in enumerate(self.source.layers):
             inner = dict(module.named_modules())
-            fused = [path for path, m in inner.items() if is_fused_experts(m)]
+            fused = [p for p, m in inner.items() if is_fused_experts(m) and not _stays(p)]
             for path, child in inner.items():
                 if path in fused:
                     label = path.rsplit(".", 1)[-1] if len(fused) == 1 else path
@@ -177,7 +186,7 @@ class ModelAdapter:
 
     def _takes(self, layer: int, path: str, linear: nn.Linear) -> bool:
         name = f"{self.source.layer_path(layer)}.{path}.weight"
-        if is_router(path) or any(pattern.search(name) for pattern in self._keep):
+        if _stays(path) or any(pattern.search(name) for pattern in self._keep):
             return False
         return self.scope == "all" or self._is_feed_forward(layer, path)
 
@@ -188,7 +197,7 @@ class ModelAdapter:
         side, whatever the branch is called.
         """
         child = path.split(".")[0]
-        if child not in self._moe_children:
+        if child not in self._feed_forward:
             return False
         inner = dict(self.source.layers[layer].named_modules())
         branches = {name.split(".")[0] for name, module in inner.items() if _is_plain(module)}
@@ -237,9 +246,9 @@ class ModelAdapter:
     def _cover(self) -> Coverage:
         quantized = {block.tensor for block in self._blocks}
         kept, uncovered = {}, []
-        linears = {f"{n}.weight" for n, m in self.source.model.named_modules() if _is_plain(m)}
+        modules = dict(self.source.model.named_modules())
         for name, parameter in self.source.model.named_parameters():
-            reason = self._reason_to_keep(name, parameter, name in linears)
+            reason = self._reason_to_keep(name, parameter, modules[name.rpartition(".")[0]])
             if name in quantized:
                 continue
             if reason is None:
@@ -270,22 +279,41 @@ class ModelAdapter:
         if not any(pattern.search(name) for name in kept):
             raise ValueError(f"--keep {pattern.pattern!r} matches no parameter of this model")
 
-    def _reason_to_keep(self, name: str, parameter: Tensor, is_linear: bool) -> str | None:
+    def _reason_to_keep(self, name: str, parameter: Tensor, module: nn.Module) -> str | None:
         inside = name.startswith(self.source.layers_name + ".")
+        path = name.rpartition(".")[0]
         reasons = {
             "kept on request": any(pattern.search(name) for pattern in self._keep),
             "vector (norm, bias)": parameter.dim() < 2,
             "outside the decoder layers (embedding, head)": not inside,
-            "router": is_router(name.rpartition(".")[0]),
+            "router": is_router(path),
+            "of images or sound": _sees_or_hears(self._relative(path)),
             "expert bias": name.endswith("_bias"),
-            f"outside the scope {self.scope!r}": is_linear,
+            "convolution": isinstance(module, _CONVOLUTIONS),
+            f"outside the scope {self.scope!r}": _is_plain(module),
+            "beside the experts, no linear": inside and self._is_beside_experts(path),
+            "shared experts without an interface": "shared_experts" in path.split("."),
         }
         return next((reason for reason, holds in reasons.items() if holds), None)
+
+    def _is_beside_experts(self, path: str) -> bool:
+        """Whether a module of a mixture of experts is outside its layer's feed-forward side."""
+        layer = path[len(self.source.layers_name) + 1 :].partition(".")[0]
+        return self.is_moe and not self._is_feed_forward(int(layer), self._relative(path))
 
 
 def is_router(path: str) -> bool:
     """Whether a module path names a part that decides where a token goes."""
     return any(part in _ROUTER_PARTS or part.startswith("router") for part in path.split("."))
+
+
+def _sees_or_hears(path: str) -> bool:
+    """Whether a module path below a decoder layer names a part for images or sound."""
+    return any(_OTHER_SENSES.match(part) for part in path.split("."))
+
+
+def _stays(path: str) -> bool:
+    return is_router(path) or _sees_or_hears(path)
 
 
 def run_experts(

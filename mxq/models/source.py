@@ -25,7 +25,13 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -56,10 +62,11 @@ _WANTED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.
 
 
 class ModelSource:
-    """A causal language model of which one decoder layer at a time is in memory.
+    """A language model of which one decoder layer at a time is in memory.
 
     ``model`` is the transformers module tree with the decoder layers on the meta device;
-    ``layers`` are those layers and ``layers_name`` their path.
+    ``layers`` are those layers and ``layers_name`` their path. A model that also sees or hears has
+    its towers outside these layers; they are loaded whole and stay as they are.
     """
 
     def __init__(self, folder: Path, model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -68,6 +75,7 @@ class ModelSource:
         self.dtype = dtype
         self.files = checkpoint_files(folder)
         self.layers_name, self.layers = find_decoder_layers(model)
+        _check_layers_are_their_own(model, self.layers_name)
         self._mapping = get_model_conversion_mapping(model)
         self._digest: str | None = None
         self._keys = self._index_keys()
@@ -204,18 +212,45 @@ def open_source(
     return ModelSource(folder, build_skeleton(config, dtype), dtype)
 
 
-def build_skeleton(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The module tree on the meta device, its experts going through mxq's experts function."""
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]  # of transformers
-    except ValueError as error:
-        raise ValueError(
-            f"transformers has no causal language model for {type(config).__name__}: {error}"
-        ) from error
+    auto = auto_class(config)
+    with torch.device("meta"):
+        model = auto.from_config(config, dtype=dtype)
     if model._can_set_experts_implementation():
         model.set_experts_implementation(EXPERTS_FUNCTION)
     return cast(PreTrainedModel, model.eval())
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The auto class whose ``from_pretrained`` builds the model that the files hold.
+
+    Where transformers has several models for a configuration, the one that ``architectures`` names
+    wrote the files: the whole model, say, and not its language part alone.
+
+    Raises:
+        ValueError: If transformers has no language model for this configuration.
+    """
+    named = set(config.architectures or ())
+    found = []
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if type(config) in auto._model_mapping:
+            model: Any = auto._model_mapping[type(config)]
+            if model.__name__ in named:
+                return auto
+            found.append(auto)
+    if not found:
+        raise ValueError(
+            f"transformers has no causal language model for {type(config).__name__}, nor one that "
+            "turns images and text into text; give the folder of a language model"
+        )
+    return found[0]
+
+
+def load_whole(model: str | Path, **options: Any) -> PreTrainedModel:
+    """``from_pretrained`` of the auto class that the configuration asks for."""
+    config = AutoConfig.from_pretrained(model)
+    return cast(PreTrainedModel, auto_class(config).from_pretrained(model, **options))
 
 
 def resolve_folder(model: str | Path, *, revision: str | None = None) -> Path:
@@ -263,10 +298,12 @@ def checkpoint_files(folder: Path) -> dict[str, str]:
     )
 
 
-def find_decoder_layers(model: nn.Module) -> tuple[str, tuple[nn.Module, ...]]:
-    """The longest list of decoder layers, with its path."""
+def find_decoder_layers(model: PreTrainedModel) -> tuple[str, tuple[nn.Module, ...]]:
+    """The longest list of decoder layers of the language part, with its path."""
+    decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]  # of transformers
+    path = next((name for name, module in model.named_modules() if module is decoder), "")
     best: tuple[str, tuple[nn.Module, ...]] | None = None
-    for name, module in model.named_modules():
+    for name, module in decoder.named_modules(prefix=path):
         if not isinstance(module, nn.ModuleList) or len(module) == 0:
             continue
         are_layers = all(isinstance(item, GradientCheckpointingLayer) for item in module)
@@ -275,6 +312,17 @@ def find_decoder_layers(model: nn.Module) -> tuple[str, tuple[nn.Module, ...]]:
     if best is None:
         raise ValueError(f"{type(model).__name__} has no list of decoder layers that mxq can find")
     return best
+
+
+def _check_layers_are_their_own(model: PreTrainedModel, layers_name: str) -> None:
+    """Raise ValueError if a decoder layer shares a weight: one layer at a time is in memory."""
+    tied = model.all_tied_weights_keys or {}
+    shared = sorted(n for pair in tied.items() for n in pair if n.startswith(f"{layers_name}."))
+    if shared:
+        raise ValueError(
+            f"the decoder layers of {type(model).__name__} share weights with each other or with "
+            f"another part of the model, first {shared[0]!r}; mxq does not quantize such models"
+        )
 
 
 def _siblings(target: str, pattern: str | None, converters: Sequence[Any]) -> set[str]:

@@ -5,14 +5,15 @@ from pathlib import Path
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from mxq.config import CalibrationOptions
 from mxq.models.adapter import ModelAdapter
+from mxq.models.source import load_whole
 from mxq.profiling.calibration import CalibrationSet, load_calibration
 
 
@@ -64,8 +65,12 @@ def _load(
     )
 
 
+def _text_config(adapter: ModelAdapter) -> PreTrainedConfig:
+    return adapter.source.model.config.get_text_config()
+
+
 def _positions(adapter: ModelAdapter) -> int | None:
-    longest = getattr(adapter.source.model.config, "max_position_embeddings", None)
+    longest = getattr(_text_config(adapter), "max_position_embeddings", None)
     return longest if isinstance(longest, int) and longest > 0 else None
 
 
@@ -86,12 +91,12 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 def _sampler(adapter: ModelAdapter) -> Callable[[int, int, torch.Generator], torch.Tensor]:
     """Text written by the model itself; this loads the whole model, unlike every other stage."""
     folder = adapter.source.folder
-    bos = getattr(adapter.source.model.config, "bos_token_id", None)
+    bos = getattr(_text_config(adapter), "bos_token_id", None)
     loaded: list[PreTrainedModel] = []
 
     def sample(batch: int, seqlen: int, generator: torch.Generator) -> torch.Tensor:
         if not loaded:
-            loaded.append(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+            loaded.append(load_whole(folder, dtype=torch.float32))
         model = loaded[0]
         ids = torch.full((batch, 1), bos if isinstance(bos, int) else 0)
         cache = None

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from architectures import tiny_model
 from checkpoints import edit_config, plan_of, tensors_of, write_checkpoint
 from safetensors.torch import load_file, save_file
 from tiny import make_model, save_tiny
@@ -165,23 +166,38 @@ def mamba(tmp_path):
     )
 
 
-def test_a_parameter_that_no_rule_covers_stops_with_its_name(mamba):
+@pytest.fixture
+def foreign_experts(tmp_path):
+    """Experts in a form of their own, outside transformers' experts interface."""
+    tiny_model("llama4_text").save_pretrained(tmp_path / "foreign")
+    return tmp_path / "foreign"
+
+
+def test_a_parameter_that_no_rule_covers_stops_with_its_name(foreign_experts):
     cannot_open(
-        mamba, r"1 parameters look like weights and no rule covers them:\n  model.layers.0.mixer"
-        r".conv1d.weight \(96, 1, 4\)\nKeep them in their type with --keep PATTERN",
-    )  # fmt: skip
+        foreign_experts,
+        r"4 parameters look like weights and no rule covers them:\n  model.layers.0.feed_forward"
+        r".experts.gate_up_proj \(4, 64, 128\)\n(.*\n)+Keep them in their type with --keep PATTERN",
+    )
 
 
-def test_keep_lets_an_uncovered_parameter_pass_and_it_is_written_as_it_was(mamba, tmp_path):
-    folder = write_checkpoint(mamba, tmp_path / "packed", keep=["conv1d"])
+def test_keep_lets_an_uncovered_parameter_pass_and_it_is_written_as_it_was(
+    foreign_experts, tmp_path
+):
+    folder = write_checkpoint(foreign_experts, tmp_path / "packed", keep=[r"\.experts\."])
+    tensors, _ = tensors_of(folder)
+    original = load_file(foreign_experts / "model.safetensors")
+    kept = [name for name in tensors if ".experts." in name]
+    assert len(kept) == 4
+    assert all(torch.equal(tensors[name], original[name]) for name in kept)
+
+
+def test_convolutions_and_states_of_a_mixture_of_experts_stay_as_they_were(mamba, tmp_path):
+    folder = write_checkpoint(mamba, tmp_path / "packed", scope="all")
     tensors, _ = tensors_of(folder)
     original = load_file(mamba / "model.safetensors")
-    kept = [name for name in tensors if "conv1d" in name]
-    assert kept
-    name = next(n for n in kept if n.endswith("conv1d.weight"))
-    assert any(
-        n.endswith("conv1d.weight") and torch.equal(t, tensors[name]) for n, t in original.items()
-    )
+    name = "model.layers.0.mixer.conv1d.weight"
+    assert torch.equal(tensors[name], original[name.replace("model.", "backbone.", 1)])
 
 
 def test_keep_leaves_a_linear_as_it_was(source, tmp_path):
