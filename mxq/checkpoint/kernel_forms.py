@@ -152,7 +152,8 @@ def _build(
 ) -> "list[GroupedWeights] | None":
     """The arenas of a module's products; its linears then refer to them."""
     schemes = {part.linear.scheme for parts in products for part in parts}
-    reason = _refusal(module, schemes, dtype)
+    widest = max(part.linear.in_features for parts in products for part in parts)
+    reason = _refusal(module, schemes, widest, dtype)
     if reason is None:
         try:
             device = next(module.parameters()).device
@@ -181,7 +182,9 @@ def _arena(parts: Sequence[_Part], device: torch.device) -> "GroupedWeights":
     return group_weights(problems, sizes, device=device)
 
 
-def _refusal(module: nn.Module, schemes: set[Scheme], dtype: torch.dtype) -> str | None:
+def _refusal(
+    module: nn.Module, schemes: set[Scheme], widest: int, dtype: torch.dtype
+) -> str | None:
     """Why kernels cannot serve a module's weights where they are, or None."""
     devices = {parameter.device for parameter in module.parameters()}
     if torch.device("meta") in devices:
@@ -189,10 +192,14 @@ def _refusal(module: nn.Module, schemes: set[Scheme], dtype: torch.dtype) -> str
     if len(devices) > 1:
         return f"the weights of one layer are on {len(devices)} devices"
     try:
-        from mxq.kernels import dispatch
+        from mxq.kernels import activation, dispatch
     except ImportError as error:
         return f"Triton cannot be imported ({error})"
-    return _scheme_refusal(schemes) or dispatch.refusal(devices.pop(), dtype)
+    reason = _scheme_refusal(schemes)
+    if widest > activation.WIDTH_LIMIT:
+        reason = f"a token has {widest} features, they take {activation.WIDTH_LIMIT} at most"
+    has_fp8 = any(scheme.kind == "fp8" for scheme in schemes)
+    return reason or dispatch.refusal(devices.pop(), dtype, has_fp8=has_fp8)
 
 
 def _scheme_refusal(schemes: set[Scheme]) -> str | None:

@@ -12,6 +12,9 @@ from mxq.kernels.spec import HOPPER_SHARED_BYTES, Dialect
 OLDEST_CAPABILITY = (8, 0)
 """The first GPUs with bfloat16 matrix instructions and asynchronous copies."""
 
+FP8_CAPABILITY = (8, 9)
+"""The first GPUs with fp8 matrix instructions."""
+
 
 def is_interpreted() -> bool:
     """Whether Triton runs kernels in its interpreter (``TRITON_INTERPRET=1``), on the CPU."""
@@ -25,19 +28,25 @@ def default_dialect(device: torch.device) -> Dialect:
     return "ptx" if device.type == "cuda" and torch.version.hip is None else "plain"
 
 
-def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why kernels cannot serve tensors there, or None if they can."""
+def refusal(device: torch.device, dtype: torch.dtype, *, has_fp8: bool = False) -> str | None:
+    """Why kernels cannot serve tensors there, or None if they can.
+
+    ``has_fp8`` says that some weights are fp8.
+    """
     if dtype != torch.bfloat16:
         return f"they compute in bfloat16, this model in {str(dtype).removeprefix('torch.')}"
-    return None if is_interpreted() else _device_refusal(device)
+    return None if is_interpreted() else _device_refusal(device, has_fp8)
 
 
-def _device_refusal(device: torch.device) -> str | None:
+def _device_refusal(device: torch.device, has_fp8: bool) -> str | None:
     if device.type != "cuda":
         return f"they need a GPU, the model is on {device.type}"
     capability = torch.cuda.get_device_capability(device)
-    if torch.version.hip is None and capability < OLDEST_CAPABILITY:
-        return f"they need compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
+    needed = FP8_CAPABILITY if has_fp8 else OLDEST_CAPABILITY
+    if torch.version.hip is None and capability < needed:
+        who = "for fp8 weights they" if has_fp8 else "they"
+        found, least = (".".join(map(str, version)) for version in (capability, needed))
+        return f"{who} need compute capability {least}, this GPU has {found}"
     return None
 
 
