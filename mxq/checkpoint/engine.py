@@ -97,14 +97,14 @@ def wants_kernels(engine: Engine, x: Tensor) -> bool:
 
 @torch.library.custom_op("mxq::experts", mutates_args=())
 def call_experts(hidden_TH: Tensor, index_TR: Tensor, weights_TR: Tensor, handle: int) -> Tensor:
-    """The routed experts of the module with that number, [T, H]."""
+    """The routed experts of the module with that number, contiguous [T, H]."""
     module = cast(PackedModule, _MODULES[handle])
-    return module.compute(hidden_TH, index_TR, weights_TR)
+    return module.compute(hidden_TH, index_TR, weights_TR).contiguous()
 
 
 @call_experts.register_fake
 def _experts_shape(hidden_TH: Tensor, index_TR: Tensor, weights_TR: Tensor, handle: int) -> Tensor:
-    return torch.empty_like(hidden_TH)
+    return hidden_TH.new_empty(hidden_TH.shape)
 
 
 @torch.library.custom_op("mxq::linear", mutates_args=())

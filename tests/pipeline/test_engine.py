@@ -8,14 +8,17 @@ import torch
 from checkpoints import make_allocation, random_schemes
 from tiny import MOE_FAMILIES, save_tiny, token_ids
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import mxq
 from mxq.checkpoint import kernel_forms
+from mxq.checkpoint.engine import call_experts
 from mxq.checkpoint.kernel_forms import recognise_gate
 from mxq.checkpoint.modules import MxqExperts, MxqLinear
 from mxq.checkpoint.pack import pack
+from mxq.kernels import activation, dispatch
 from mxq.models.adapter import ModelAdapter
 from mxq.models.source import open_source
 from mxq.models.sweep import make_batches
@@ -258,6 +261,41 @@ def test_a_model_cast_to_bfloat16_after_loading_uses_kernels(folder):
     with torch.no_grad():
         assert distance(module(*inputs), module.decoded(*inputs)) < TOLERANCE
     assert module.layer is not None
+
+
+def test_a_layer_wider_than_kernels_take_decodes_with_the_reason(experts, monkeypatch):
+    monkeypatch.setattr(activation, "WIDTH_LIMIT", 32)
+    inputs = routed_input(experts.experts, 64)
+    with torch.no_grad(), pytest.warns(RuntimeWarning, match="has 64 features, they take 32"):
+        found = experts(*inputs)
+    assert torch.equal(found, experts.decoded(*inputs))
+
+
+def test_fp8_weights_decode_on_a_gpu_without_fp8_products(monkeypatch):
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(dispatch, "is_interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    reason = dispatch.refusal(device, torch.bfloat16, has_fp8=True)
+    assert reason == "for fp8 weights they need compute capability 8.9, this GPU has 8.6"
+    assert dispatch.refusal(device, torch.bfloat16) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    assert dispatch.refusal(device, torch.bfloat16, has_fp8=True) is None
+
+
+@pytest.mark.parametrize("engine", ["kernels", "decoded"])
+def test_the_shape_announced_to_the_compiler_is_that_of_the_output(engine, experts):
+    hidden, index, weights = routed_input(experts.experts, 64)
+    hidden = hidden.T.contiguous().T  # not contiguous
+    mxq.set_engine(experts, "kernels")
+    if engine == "decoded":
+        experts.declined = True
+    with torch.no_grad():
+        found = call_experts(hidden, index, weights, experts.handle)
+        with FakeTensorMode() as mode:
+            fakes = [mode.from_tensor(tensor) for tensor in (hidden, index, weights)]
+            announced = call_experts(*fakes, experts.handle)
+    assert announced.stride() == found.stride() == (64, 1)
+    assert (announced.shape, announced.dtype) == (found.shape, found.dtype)
 
 
 def test_a_layer_that_does_not_fit_twice_decodes_with_the_reason(experts, monkeypatch):
