@@ -187,7 +187,8 @@ class GroupGemm:
             "rows_ptr": routing.rows,
             "stride_y": width,
             "stride_x": _width(inputs),
-            "stride_slice": slots * width,
+            # Without slices a constant: Triton compiles anew for a number that needs 64 bits.
+            "stride_slice": width if partial is None else slots * width,
             **_input_arguments(inputs),
         }
         for index, (spec, kernel) in enumerate(zip(work.specs, work.kernels, strict=True)):
@@ -313,7 +314,8 @@ def _width(inputs: Inputs) -> int:
     """Stride of a token, the same for every kind of input."""
     rounded = [item.values_TK for item in (inputs.int8, inputs.int4, inputs.fp8) if item]
     present = [item for item in (inputs.plain_TK, inputs.rotated_TK, *rounded) if item is not None]
-    return present[0].stride(0)
+    # Not its stride, which is any number where there is one token, and Triton compiles for it.
+    return present[0].shape[1]
 
 
 def _input_arguments(inputs: Inputs) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from mxq.kernels.activation_reference import (
     gate_torch,
     sum_slices_torch,
 )
+from mxq.kernels.group_gemm import _width
 from mxq.kernels.reference import make_inputs_torch
 from mxq.kernels.routing_reference import route_reference
 from mxq.numerics import fake_quantize_input, rotate
@@ -261,3 +262,11 @@ def test_results_of_another_type_are_refused():
     slots = torch.zeros(1, 3, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"weights are torch\.int64 of shape \[1, 3\]"):
         combine(z_SN, partial, splits, experts_S, slots, slots.long())
+
+
+def test_the_stride_of_a_single_token_is_its_width():
+    # Torch calls a row contiguous whatever its stride is; kernels are compiled for that number.
+    x_TK = torch.zeros(128, 1, dtype=torch.bfloat16).T
+    assert x_TK.is_contiguous()
+    assert x_TK.stride(0) == 1
+    assert _width(prepare(x_TK, False, ["bf16"])) == 128
