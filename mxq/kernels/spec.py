@@ -189,7 +189,11 @@ def make_spec(
     branches = tuple(
         Branch(form, plan.tokens, stages(form, plan, shared_bytes)) for form in sorted(set(formats))
     )
-    return KernelSpec(branches, plan.num_warps, plan.max_registers, has_bias, dialect)
+    # Before Hopper and on consumer Blackwell, which have less shared memory, both operands and the
+    # sums of a product are in registers: tiles of 64 tokens would spill under the cap.
+    is_capped = plan.name == "decode" or shared_bytes >= HOPPER_SHARED_BYTES
+    max_registers = plan.max_registers if is_capped else None
+    return KernelSpec(branches, plan.num_warps, max_registers, has_bias, dialect)
 
 
 def stages(form: WeightFormat, plan: TilePlan, shared_bytes: int = HOPPER_SHARED_BYTES) -> int:
