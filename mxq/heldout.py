@@ -1,7 +1,7 @@
 """Measured loss: held-out text through the original and through finished checkpoints.
 
-The original is streamed, the checkpoints are loaded from their folders by ``from_pretrained``, so
-what is measured is what was written; both compute in the type of the source, float32.
+All of them are streamed side by side, a decoder layer of each at a time, the checkpoints from the
+files that were written; all compute in the type of the source, float32.
 """
 
 import math
@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from mxq.checkpoint.stream import open_packed, share_equal
 from mxq.evaluation import compare_logits
+from mxq.models.activations import ActivationStore
 from mxq.models.adapter import ModelAdapter
-from mxq.models.lockstep import LayerCall, run_in_lockstep
-from mxq.models.source import load_whole
+from mxq.models.lockstep import LayerCall, OnLayer, Track, run_calls, run_side_by_side
+from mxq.models.source import ModelSource
 from mxq.models.sweep import OnProgress
 
 
@@ -49,47 +51,57 @@ def measure_loss(
     heldout: Sequence[Tensor],
     folders: Mapping[str, Path],
     progress: OnProgress | None = None,
+    *,
+    store: ActivationStore | None = None,
 ) -> dict[str, MeasuredLoss]:
     """The loss of each checkpoint on held-out batches [batch, sequence].
 
     Raises:
-        ValueError: If a checkpoint's logits are not finite.
+        ValueError: If a checkpoint's files are not what was written, or its logits not finite.
     """
-    source = adapter.source
-    models = {name: _load(path, source.dtype) for name, path in folders.items()}
+    store = store or ActivationStore()
+    sources = [adapter.source]
+    for folder in folders.values():
+        sources.append(open_packed(folder, adapter.source.dtype))
+        share_equal(sources[-1].model, adapter.source.model)
     sums = {name: torch.zeros(4, dtype=torch.float64) for name in folders}
     counted = 0
 
-    def on_layer(layer: int, calls: list[LayerCall]) -> list[object]:
-        source.load_layer(layer)
-        with torch.no_grad():
-            outputs = [call.run() for call in calls]
-        source.free_layer(layer)
-        if progress is not None:
-            progress("original", layer + 1, len(source.layers))
-        return outputs
-
-    def on_result(batch: int, result: object) -> None:
+    def on_results(batch: int, results: Sequence[object]) -> None:
         nonlocal counted
-        original = result.logits.detach()  # type: ignore[attr-defined]
         counted += heldout[batch][:, 1:].numel()
-        for name, model in models.items():
-            with torch.no_grad():
-                logits = model(input_ids=heldout[batch], use_cache=False).logits
-            sums[name] += compare_logits(logits[:, :-1], original[:, :-1], heldout[batch])
+        original, *others = (result.logits.detach()[:, :-1] for result in results)  # type: ignore[attr-defined]
+        for name, logits in zip(folders, others, strict=True):
+            sums[name] += compare_logits(logits, original, heldout[batch])
         if progress is not None:
-            progress("checkpoints", batch + 1, len(heldout))
+            progress("logits", batch + 1, len(heldout))
 
-    run_in_lockstep(source.model, source.layers, heldout, on_layer, on_result)
+    tracks = [
+        Track(source.model, source.layers, _streamed(source, name, store, progress))
+        for name, source in zip(("original", *folders), sources, strict=True)
+    ]
+    run_side_by_side(tracks, heldout, on_results, store=store)
     for name, total in sums.items():
         if not total.isfinite().all():
             raise ValueError(f"the logits of the {name} checkpoint are not finite on held-out text")
     return {name: _mean(total, counted) for name, total in sums.items()}
 
 
-def _load(folder: Path, dtype: torch.dtype) -> nn.Module:
-    model: nn.Module = load_whole(folder, dtype=dtype)
-    return model.eval()
+def _streamed(
+    source: ModelSource, name: str, store: ActivationStore, progress: OnProgress | None
+) -> OnLayer:
+    """Read a layer, run it for all batches and drop it."""
+
+    def on_layer(layer: int, calls: list[LayerCall]) -> list[object]:
+        source.load_layer(layer)
+        with torch.no_grad():
+            outputs = run_calls(calls, store)
+        source.free_layer(layer)
+        if progress is not None:
+            progress(name, layer + 1, len(source.layers))
+        return outputs
+
+    return on_layer
 
 
 def _mean(sums: Tensor, tokens: int) -> MeasuredLoss:
