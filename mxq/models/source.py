@@ -66,17 +66,20 @@ class ModelSource:
 
     ``model`` is the transformers module tree with the decoder layers on the meta device;
     ``layers`` are those layers and ``layers_name`` their path. A model that also sees or hears has
-    its towers outside these layers; they are loaded whole and stay as they are.
+    its towers outside these layers; they are loaded whole and stay as they are. ``converts`` is
+    False where the files use the names of the module tree, tensor by tensor.
     """
 
-    def __init__(self, folder: Path, model: PreTrainedModel, dtype: torch.dtype) -> None:
+    def __init__(
+        self, folder: Path, model: PreTrainedModel, dtype: torch.dtype, *, converts: bool = True
+    ) -> None:
         self.folder = folder
         self.model = model
         self.dtype = dtype
         self.files = checkpoint_files(folder)
         self.layers_name, self.layers = find_decoder_layers(model)
         _check_layers_are_their_own(model, self.layers_name)
-        self._mapping = get_model_conversion_mapping(model)
+        self._mapping = get_model_conversion_mapping(model) if converts else []
         self._digest: str | None = None
         self._keys = self._index_keys()
         self._fill_what_no_file_holds()
@@ -167,6 +170,15 @@ class ModelSource:
 
     def _load(self, wanted: Any) -> None:
         targets = [target for target in self._keys if wanted(target)]
+        # What is merged of many tensors exists twice meanwhile, so one such parameter at a time.
+        merged = [target for target in targets if len(self._keys[target]) > 1]
+        plain = [target for target in targets if len(self._keys[target]) == 1]
+        for group in ([plain] if plain else []) + [[target] for target in merged]:
+            self._load_group(group)
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+
+    def _load_group(self, targets: Sequence[str]) -> None:
         with ExitStack() as stack:
             slices = self._slices([key for t in targets for key in self._keys[t]], stack)
             config = LoadStateDictConfig(
@@ -178,8 +190,6 @@ class ModelSource:
         problems = [*loaded.conversion_errors, *loaded.mismatched_keys, *loaded.unexpected_keys]
         if problems:
             raise ValueError(f"{self.folder}: transformers could not load {problems[:3]}")
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(False)
 
     def _slices(self, keys: Sequence[str], stack: ExitStack) -> dict[str, Any]:
         opened: dict[str, Any] = {}
@@ -217,8 +227,10 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedMo
     auto = auto_class(config)
     with torch.device("meta"):
         model = auto.from_config(config, dtype=dtype)
-    if model._can_set_experts_implementation():
-        model.set_experts_implementation(EXPERTS_FUNCTION)
+    # A wrapper from another file than its language part does not pass the choice down.
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel) and part._can_set_experts_implementation():
+            part.set_experts_implementation(EXPERTS_FUNCTION)
     return cast(PreTrainedModel, model.eval())
 
 
