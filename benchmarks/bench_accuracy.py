@@ -33,7 +33,8 @@ from mxq.models.source import open_source
 from mxq.models.sweep import Batches, make_batches
 from mxq.numerics import unrotate
 from mxq.profiling.draw import draw_calibration
-from mxq.profiling.measure import MeasureSettings, measure
+from mxq.profiling.losses import MeasureSettings
+from mxq.profiling.measure import measure
 from mxq.profiling.sensitivity import SENSITIVITY
 from mxq.quantizers import QUANTIZERS, Method
 from mxq.scheme import Scheme, parse_schemes

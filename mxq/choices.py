@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from mxq.config import MeasureOptions, default_schemes
 from mxq.models.adapter import ModelAdapter
-from mxq.profiling.measure import MeasureSettings
+from mxq.profiling.losses import MeasureSettings
 from mxq.profiling.sensitivity import SENSITIVITY, Sensitivity
 from mxq.quantizers import QUANTIZERS, Method, Quantizer
 

@@ -1,27 +1,41 @@
 """Artifacts <-> disk: JSON with a kind, a version and a checksum, written whole or not at all.
 
 Only dataclasses of plain values are stored, read back by their type hints; nothing is unpickled.
+Every file of a run, tensors too, is written by ``write_whole``: under another name, flushed to
+the disk, then renamed. A killed run leaves files that are whole, and temporaries that the next
+run removes.
 """
 
 import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+from safetensors import SafetensorError
+
 from mxq.scheme import Scheme
 
 STORAGE_VERSION = 1
+
+TEMPORARY_SUFFIX = ".mxq-part"
+"""How the name of a file ends that is not whole yet; it also starts with a dot."""
 
 Artifact = TypeVar("Artifact")
 
 
 def save_artifact(path: Path, artifact: object) -> None:
     """Write a dataclass as JSON; a reader sees the old file or the new one, never a part."""
+    write_atomically(path, to_text(artifact))
+
+
+def to_text(artifact: object) -> str:
+    """The JSON document of a dataclass, with its kind, version and checksum."""
     content = _encode(artifact)
     document = {
         "kind": type(artifact).__name__,
@@ -29,7 +43,7 @@ def save_artifact(path: Path, artifact: object) -> None:
         "sha256": _checksum(content),
         "content": content,
     }
-    write_atomically(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
+    return json.dumps(document, indent=1, allow_nan=False) + "\n"
 
 
 def load_artifact(path: Path, kind: type[Artifact]) -> Artifact:
@@ -39,39 +53,93 @@ def load_artifact(path: Path, kind: type[Artifact]) -> Artifact:
         ValueError: If the file is absent, damaged, edited, of another kind or a newer version.
     """
     try:
-        document = json.loads(path.read_text())
-        content, found = document["content"], document["kind"]
-        version, checksum = document["version"], document["sha256"]
+        text = path.read_text()
     except FileNotFoundError as error:
         raise ValueError(f"{path} does not exist; run the stage that makes it first") from error
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not an mxq artifact: {error!r}") from error
+    return from_text(text, kind, str(path))
+
+
+def from_text(text: str, kind: type[Artifact], name: str) -> Artifact:
+    """Inverse of ``to_text``; ``name`` says in messages where the text is from.
+
+    Raises:
+        ValueError: If the text is damaged, edited, of another kind or a newer version.
+    """
+    try:
+        document = json.loads(text)
+        content, found = document["content"], document["kind"]
+        version, checksum = document["version"], document["sha256"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{name} is not an mxq artifact: {error!r}") from error
     if found != kind.__name__ or version != STORAGE_VERSION:
         raise ValueError(
-            f"{path} is {found} version {version}, expected {kind.__name__} version "
+            f"{name} is {found} version {version}, expected {kind.__name__} version "
             f"{STORAGE_VERSION}; run its stage again"
         )
     if checksum != _checksum(content):
-        raise ValueError(f"{path} was edited or damaged: its checksum differs; run its stage again")
+        raise ValueError(f"{name} was edited or damaged: its checksum differs; run its stage again")
     try:
         decoded = _decode(kind, content)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path} lacks what this mxq needs ({error!r}); run its stage again"
+            f"{name} lacks what this mxq needs ({error!r}); run its stage again"
         ) from error
     assert isinstance(decoded, kind)
     return decoded
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file by way of a temporary one in the same folder."""
+    """Write a text file whole or not at all."""
+    write_whole(path, lambda temporary: temporary.write_text(text))
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a temporary file in the same folder, flush it and give it its name.
+
+    Raises:
+        OSError: If the disk does not take it; the old file stays, and no part of the new one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
-        temporary.write_text(text)
+        write(temporary)
+        _flush(temporary)
         temporary.replace(path)
+        _flush(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"{path} could not be written: {error}; what was finished before is kept, so mend "
+            "that and run the same command again"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def move_whole(path: Path, target: Path) -> None:
+    """Move a file, by way of a copy that is renamed where ``target`` is on another disk."""
+    if path.stat().st_dev != target.parent.stat().st_dev:
+        write_whole(target, lambda temporary: shutil.copyfile(path, temporary))
+        path.unlink()
+        return
+    path.replace(target)
+    _flush(target.parent)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what killed runs left unfinished; for who alone writes to the folder."""
+    for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
+        path.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _checksum(content: object) -> str:

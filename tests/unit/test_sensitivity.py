@@ -14,8 +14,10 @@ from mxq.models.probes import Probe
 from mxq.models.source import open_source
 from mxq.models.sweep import make_batches
 from mxq.numerics import dequantize
-from mxq.profiling.measure import UNROUTED_TOKENS, MeasureSettings, _fit_factor, measure
+from mxq.profiling.losses import MeasureSettings, _fit_factor
+from mxq.profiling.measure import measure
 from mxq.profiling.sensitivity import SENSITIVITY, LayerContext, Sensitivity
+from mxq.profiling.table import UNROUTED_TOKENS
 from mxq.quantizers import Method, quantize_gptq, quantize_rtn
 from mxq.scheme import Scheme, parse_schemes
 
@@ -332,13 +334,13 @@ def test_an_expert_that_no_token_reached_is_priced_as_half_a_mean_token(folder, 
 
 def test_a_limit_on_tokens_is_no_limit_for_layer_out(folder, monkeypatch):
     whole = run(folder, "layer_out")
-    monkeypatch.setattr("mxq.profiling.measure.TOKENS_PER_BLOCK", 4)
+    monkeypatch.setattr("mxq.profiling.losses.TOKENS_PER_BLOCK", 4)
     assert run(folder, "layer_out").loss == whole.loss
 
 
 def test_a_limit_on_tokens_leaves_their_count_alone(folder, monkeypatch):
     whole = run(folder, "fisher")
-    monkeypatch.setattr("mxq.profiling.measure.TOKENS_PER_BLOCK", 4)
+    monkeypatch.setattr("mxq.profiling.losses.TOKENS_PER_BLOCK", 4)
     limited = run(folder, "fisher")
     assert limited.blocks == whole.blocks
     assert limited.loss != whole.loss
