@@ -14,6 +14,7 @@ from mxq.config import (
     ModelOptions,
     OutputOptions,
     QuantizeOptions,
+    ResourceOptions,
     parse_size,
 )
 from mxq.latency import profile_folder
@@ -57,6 +58,8 @@ def quantize(  # noqa: PLR0913  (each option stands alone and has a default)
     work: str | PathLike[str] | None = None,
     overwrite: bool = False,
     guard: bool = True,
+    memory: str | int = "8GiB",
+    force: bool = False,
     progress: Report | None = None,
 ) -> QuantizeResult:
     """Quantize a model to a budget and write a checkpoint that ``from_pretrained`` loads.
@@ -94,6 +97,9 @@ def quantize(  # noqa: PLR0913  (each option stands alone and has a default)
         work: Folder of the stages' results; None is ``work`` in the output folder.
         overwrite: Whether to replace what the output folder holds.
         guard: Whether to pack the uniform plan of the same size too and write the better one.
+        memory: Most memory for kept activations, e.g. "8GiB", or in bytes; the rest goes to files
+            in the work folder.
+        force: Whether to start even if memory or disk look too small.
         progress: Called with ``(stage, step, done, total)``.
 
     Returns:
@@ -130,6 +136,7 @@ def quantize(  # noqa: PLR0913  (each option stands alone and has a default)
             quantizer if isinstance(quantizer, str) else "own",
             rotation,
         ),
+        resources=ResourceOptions(parse_size(memory) if isinstance(memory, str) else memory, force),
     )
     data = None if calibration is None or isinstance(calibration, str) else calibration
     return run_quantize(

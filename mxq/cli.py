@@ -17,13 +17,14 @@ from mxq.config import (
     ModelOptions,
     OutputOptions,
     QuantizeOptions,
+    ResourceOptions,
     TuneOptions,
     parse_shapes,
     parse_size,
 )
 from mxq.progress import progress_display
 from mxq.scheme import Scheme, parse_schemes
-from mxq.workspace import Workspace
+from mxq.workspace import Workspace, open_workspace
 
 app = typer.Typer(
     help="Mixed-precision quantization of Mixture-of-Experts and dense language models.",
@@ -80,6 +81,11 @@ Guard = Annotated[
     bool, typer.Option(help="Pack the uniform plan too and write the better of the two.")
 ]
 
+Memory = Annotated[
+    str, typer.Option(help="Most memory for kept activations; the rest goes to files.")
+]
+Force = Annotated[bool, typer.Option(help="Start even if memory or disk look too small.")]
+
 
 @app.command()
 def quantize(
@@ -112,6 +118,8 @@ def quantize(
     work: WorkOption = None,
     overwrite: Overwrite = False,
     guard: Guard = True,
+    memory: Memory = "8GiB",
+    force: Force = False,
 ) -> None:
     """Quantize a model: profile, measure, allocate, pack, and measure the result."""
 
@@ -136,6 +144,7 @@ def quantize(
             OutputOptions(output, work, overwrite, guard),
             _calibration(model, calibration, samples, seqlen, seed, expert_floor),
             MeasureOptions(_schemes(schemes), sensitivity, quantizer, rotation),
+            ResourceOptions(parse_size(memory), force),
         )
         with progress_display() as report:
             result = pipeline.run_quantize(options, report=report)
@@ -156,6 +165,7 @@ def profile(
     scope: Scope = "auto",
     keep: Keep = None,
     revision: Revision = None,
+    memory: Memory = "8GiB",
 ) -> None:
     """Count which tokens reach which expert, by layer and domain."""
 
@@ -165,7 +175,12 @@ def profile(
         adapter = pipeline.open_adapter(options)
         with progress_display() as report:
             _, stats = pipeline.run_profile(
-                Workspace(work), adapter, options, text, MeasureOptions(), report=report
+                open_workspace(work, ResourceOptions(parse_size(memory))),
+                adapter,
+                options,
+                text,
+                MeasureOptions(),
+                report=report,
             )
         tables.show_profile(stats)
 
@@ -188,6 +203,8 @@ def measure(
     sensitivity: Sensitivity = "fisher",
     quantizer: Quantizer = "gptq",
     rotation: Rotation = "auto",
+    memory: Memory = "8GiB",
+    force: Force = False,
 ) -> None:
     """Measure the loss of every block under every scheme (profiles first)."""
 
@@ -195,7 +212,8 @@ def measure(
         options = ModelOptions(model, revision, scope, tuple(keep or ()))
         text = _calibration(model, calibration, samples, seqlen, seed, expert_floor)
         measured = MeasureOptions(_schemes(schemes), sensitivity, quantizer, rotation)
-        adapter, space = pipeline.open_adapter(options), Workspace(work)
+        resources = ResourceOptions(parse_size(memory), force)
+        adapter, space = pipeline.open_adapter(options), open_workspace(work, resources)
         with progress_display() as report:
             tokens, _ = pipeline.run_profile(space, adapter, options, text, measured, report=report)
             table = pipeline.run_measure(space, adapter, tokens, measured, report=report)
@@ -290,13 +308,14 @@ def tune(
 
 
 @app.command()
-def pack(work: Work, output: Output, overwrite: Overwrite = False) -> None:
+def pack(work: Work, output: Output, overwrite: Overwrite = False, memory: Memory = "8GiB") -> None:
     """Write the checkpoint of the plan that a work folder holds."""
 
     def run() -> None:
         with progress_display() as report:
+            space = open_workspace(work, ResourceOptions(parse_size(memory)))
             result = pipeline.pack_again(
-                Workspace(work), OutputOptions(output, work, overwrite), report=report
+                space, OutputOptions(output, work, overwrite), report=report
             )
         tables.show_result(result)
 

@@ -207,6 +207,22 @@ class TuneOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class ResourceOptions:
+    """What a run may take of the machine.
+
+    ``memory_bytes`` is the most that kept activations take in memory; the rest goes to files in
+    the work folder. ``force`` starts even where memory or disk look too small.
+    """
+
+    memory_bytes: int = 8 * 2**30
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a negative limit."""
+        check_at_least("memory", self.memory_bytes, 0)
+
+
+@dataclass(frozen=True, slots=True)
 class QuantizeOptions:
     """Everything that ``mxq quantize`` takes."""
 
@@ -215,6 +231,7 @@ class QuantizeOptions:
     output: OutputOptions
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     measure: MeasureOptions = field(default_factory=MeasureOptions)
+    resources: ResourceOptions = field(default_factory=ResourceOptions)
 
 
 def parse_size(text: str) -> int:

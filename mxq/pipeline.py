@@ -47,6 +47,7 @@ from mxq.workspace import (
     Workspace,
     make_provenance,
     make_tokens,
+    open_workspace,
 )
 
 CalibrationData = object
@@ -93,7 +94,7 @@ def run_quantize(
     check_apart(options.output, adapter.source.folder)
     forced = options.allocate.forced_scheme()
     measured = options.measure if forced is None else replace(options.measure, schemes=(forced,))
-    work = Workspace(options.output.work_folder)
+    work = open_workspace(options.output.work_folder, options.resources)
     tokens, profile = run_profile(
         work, adapter, options.model, options.calibration, measured, data=data, report=report
     )
@@ -183,7 +184,8 @@ def _pack_and_choose(
     try:
         packs = {name: _pack(finish, plan, folders[name], report) for name, plan in plans.items()}
         heldout = finish.tokens.batches().heldout
-        losses = measure_loss(finish.adapter, heldout, folders, _stage(report, "measure loss"))
+        tell, store = _stage(report, "measure loss"), finish.work.store
+        losses = measure_loss(finish.adapter, heldout, folders, tell, store=store)
         written = min(losses, key=lambda name: losses[name].kl)
         publish(finish.output, folders[written], written, plans, losses)
     finally:
@@ -243,7 +245,8 @@ def run_profile(  # noqa: PLR0913  (what is recorded in the work folder, and the
     cached = work.cached("profile", ActivationStats, provenance)
     if cached is not None and work.has_tokens(cached.tokens_digest):
         return work.tokens(), cached
-    sites, routing = profile_routing(adapter, make_batches(seen, None), domains, report_step)
+    batches = make_batches(seen, None, store=work.store)
+    sites, routing = profile_routing(adapter, batches, domains, report_step)
     samples = range(len(base.input_ids))
     extra = range(len(base.input_ids), len(seen))
     added = choose_top_up(routing, samples, extra, calibration.expert_floor)
@@ -292,7 +295,7 @@ def run_measure(
             return cached
     table = measure(
         adapter,
-        tokens.batches(),
+        tokens.batches(work.store),
         settings,
         settings_digest,
         generator=torch.Generator().manual_seed(0),
@@ -379,7 +382,7 @@ def _pack(
     settings = measure_settings(finish.adapter, finish.measured, finish.choices)
     return pack(
         finish.adapter,
-        finish.tokens.batches(),
+        finish.tokens.batches(finish.work.store),
         allocation,
         folder,
         method=settings.method,

@@ -7,7 +7,7 @@ run again; an artifact of other inputs is made anew, or refused by the stage tha
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypeVar
@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mxq.artifacts import Allocation, Provenance, SensitivityTable
-from mxq.config import CalibrationOptions, MeasureOptions, ModelOptions
+from mxq.config import CalibrationOptions, MeasureOptions, ModelOptions, ResourceOptions
+from mxq.models.activations import ActivationStore
 from mxq.models.sweep import Batches, make_batches
 from mxq.profiling.activation import ActivationStats
 from mxq.storage import load_artifact, save_artifact
@@ -46,16 +47,20 @@ class CalibrationTokens:
     heldout_ids: Tensor
     digest: str
 
-    def batches(self) -> Batches:
-        """Fit batches first, held-out batches after."""
-        return make_batches(self.fit_ids, self.heldout_ids)
+    def batches(self, store: ActivationStore | None = None) -> Batches:
+        """Fit batches first, held-out batches after; ``store`` keeps their activations."""
+        return make_batches(self.fit_ids, self.heldout_ids, store=store)
 
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """Paths in a work folder, and reading and writing what is there."""
+    """Paths in a work folder, and reading and writing what is there.
+
+    ``store`` keeps the activations of a run.
+    """
 
     folder: Path
+    store: ActivationStore = field(default_factory=ActivationStore, compare=False)
 
     def path(self, name: str) -> Path:
         """The file of an artifact."""
@@ -124,6 +129,11 @@ class Workspace:
             raise ValueError(f"{path} does not exist; run mxq measure with this work folder first")
         ids = load_file(path)
         return make_tokens(ids["fit"], ids["heldout"])
+
+
+def open_workspace(folder: Path, resources: ResourceOptions) -> Workspace:
+    """A work folder that takes the activations for which the memory limit leaves no room."""
+    return Workspace(folder, ActivationStore(resources.memory_bytes, folder))
 
 
 def make_tokens(fit_ids: Tensor, heldout_ids: Tensor) -> CalibrationTokens:

@@ -209,7 +209,7 @@ def test_an_unknown_part_is_refused_with_the_menu(model, tmp_path):
 
 @pytest.mark.parametrize("better", ["plan", "uniform"])
 def test_the_guard_writes_the_plan_that_measured_better(quantized, monkeypatch, better):
-    def measured(adapter, heldout, folders, progress):
+    def measured(adapter, heldout, folders, progress, store):
         assert set(folders) == {"plan", "uniform"}
         return {
             name: MeasuredLoss(15, 1.0, 1.1, 0.1 if name == better else 0.2, 0.9)
