@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
@@ -81,23 +82,49 @@ def _axes(*section: int, **more: float) -> dict[str, Any]:
 
 
 ODD: Mapping[str, Mapping[str, Any]] = {
+    "dbrx": {
+        "d_model": 64,
+        "n_heads": 4,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
+        "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 32, "moe_top_k": 2},
+    },
     "deepseek_ocr2_sam_vision_model": {"downsample_channels": [16, 64]},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
+    "doge": {"is_moe": True},
     "diffusion_gemma_text": _WITH_EXPERTS,
     "dots3_note_vision_encoder": {"adapter_in_dim": 64},
     "dots3_note_audio_encoder": {"adapter_input_size": 64},
     "ernie4_5_vl_moe_text": {"moe_intermediate_size": [32, 32], **_axes(3, 3, 2)},
     "gemma4_text": _WITH_EXPERTS,
     "glm4v_moe_text": _axes(2, 1, 1, partial_rotary_factor=0.5),
+    "granitemoe_swa": {"shared_intermediate_size": 32},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "granitemoeshared": {"shared_intermediate_size": 32},
     "inkling_audio": {"mel_vocab_size": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mistral4": {"head_dim": 32},
     "muse_spark_audio": {"hidden_sizes": [32, 32], "depths": [1, 1], "patch_sizes": [4, 4]},
     "qwen4_exp_text": _INDEXED,
+    "radio": {"video_temporal_patch_size": 2},
     "unlimited_ocr_sam_vision_model": {"downsample_channels": [16, 64]},
 }
 """What the rules cannot know, by the type of a configuration, nested ones included."""
+
+KEEP: Mapping[str, str] = {"jamba": "dt_proj"}
+"""``--keep`` that a type needs with ``--scope all``: its code reads this weight without a call."""
+
+DENSE = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "gemma3_text",
+    "gemma3",
+    "phi3",
+    "mistral",
+    "olmo2",
+    "gpt_neox",
+)
+"""Families without experts, beside those that are discovered."""
 
 _PATTERNS = tuple((re.compile(pattern), value) for pattern, value in SIZES.items())
 
@@ -111,7 +138,8 @@ AUTO_CLASSES: Mapping[str, Mapping[str, str]] = {
 def discovered() -> tuple[str, ...]:
     """Types of language models in whose modeling file a class has the experts interface.
 
-    A type is here if AutoModelForCausalLM or AutoModelForImageTextToText has a model for it.
+    A type is here if an auto class of ``AUTO_CLASSES`` has a model for it, and its own code or that
+    of a nested configuration is such a file.
     """
     root = Path(transformers.__file__).parent / "models"
     marked = {
@@ -122,13 +150,40 @@ def discovered() -> tuple[str, ...]:
     return tuple(
         name
         for name in CONFIG_MAPPING
-        if auto_class_of(name) is not None and folder_of(name) in marked
+        if auto_class_of(name) is not None and not marked.isdisjoint(_folders(name))
     )
 
 
-def folder_of(model_type: str) -> str:
-    """The folder of transformers that holds the code of a type."""
-    return CONFIG_MAPPING[model_type].__module__.split(".")[2]
+@cache
+def others_with_experts() -> tuple[str, ...]:
+    """Types of language models whose configuration counts experts, without the interface."""
+    return tuple(
+        name
+        for name in CONFIG_MAPPING
+        if auto_class_of(name) is not None
+        and name not in discovered()
+        and any(_EXPERT_COUNT.fullmatch(str(field)) for part in _parts(name) for field in part)
+    )
+
+
+_EXPERT_COUNT = re.compile(r"(moe_)?num_(local_)?experts|n_routed_experts")
+
+
+def _folders(model_type: str) -> set[str]:
+    """The folders of transformers that hold the code of a type and of its nested parts."""
+    types = {part.get("model_type") for part in _parts(model_type)} & set(CONFIG_MAPPING)
+    return {CONFIG_MAPPING[name].__module__.split(".")[2] for name in {model_type, *types}}
+
+
+def _parts(model_type: str) -> list[Mapping[str, Any]]:
+    """The fields of a type's default configuration, and of those nested in it."""
+    try:
+        found: list[Mapping[str, Any]] = [CONFIG_MAPPING[model_type]().to_dict()]
+    except StrictDataclassError:  # some have no valid default
+        return []
+    for part in found:
+        found.extend(value for value in part.values() if isinstance(value, dict))
+    return found
 
 
 def auto_class_of(model_type: str) -> Any:
