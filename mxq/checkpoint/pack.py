@@ -1,69 +1,74 @@
 """Pack: quantize layer after layer on the chosen mix and write the checkpoint.
 
-Every layer sees inputs that passed the quantized layers before it. Inside a layer the blocks are
-taken in order of computation: what shares an input is quantized together, then the layer runs
-again, so a down projection is fitted to what its quantized gate and up projections give.
+Every layer sees inputs that passed the quantized layers before it. A finished layer is its shard
+and a record with the shard's digest: a run that goes on installs the weights of the shard, passes
+the calibration tokens through them, and so comes to the same state as the run that was stopped.
 """
 
+import hashlib
+import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mxq.artifacts import Allocation
-from mxq.blocks import read_block
-from mxq.checkpoint.tensors import to_tensors
-from mxq.checkpoint.writer import CheckpointWriter
-from mxq.models.activations import ActivationStore
-from mxq.models.adapter import Capture, ModelAdapter
-from mxq.models.experts import expert_bias, is_fused_experts
+from mxq.artifacts import Allocation, Provenance
+from mxq.checkpoint.layer import PackJob, block_tensors, install_layer, quantize_layer
+from mxq.checkpoint.writer import CheckpointWriter, shard_file
+from mxq.distributed import Team
+from mxq.models.adapter import ModelAdapter
+from mxq.models.experts import expert_bias
 from mxq.models.lockstep import LayerCall, run_calls, run_in_lockstep
-from mxq.models.probes import Captures, Probe, SiteInputs, expert_probes, linear_probe
+from mxq.models.source import file_digest
 from mxq.models.sweep import Batches, OnProgress
-from mxq.quantizers.choose import (
-    BlockInputs,
-    Candidate,
-    expert_chunks,
-    make_batch,
-    quantize_batch,
-    rotate_batch,
-)
 from mxq.quantizers.method import Method
-from mxq.quantizers.moments import second_moments
+from mxq.records import Records
 from mxq.scheme import Scheme
+from mxq.storage import to_text
+
+log = logging.getLogger("mxq")
 
 
 @dataclass(frozen=True, slots=True)
 class PackReport:
     """What was written: bytes of all tensors, and how many blocks each quantizer won."""
 
-    folder: Path
     tensor_bytes: int
     quantizers: Mapping[str, int]
     unrouted: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
-    """The unchanging arguments of one packing run, with its tallies."""
+class PackedLayer:
+    """A layer whose shard is written: its digest, and what ``QuantizedLayer`` tells."""
 
-    adapter: ModelAdapter
-    allocation: Allocation
-    method: Method
-    fit_tokens: int
-    store: ActivationStore
-    tally: Counter[str] = field(default_factory=Counter)
-    unrouted: list[str] = field(default_factory=list)
-
-    def rotated(self, layer: int) -> bool:
-        return layer in self.allocation.rotated_layers
+    layer: int
+    sha256: str
+    quantizers: Mapping[str, int]
+    unrouted: tuple[str, ...]
+    provenance: Provenance
 
 
-def pack(
+@dataclass(frozen=True, slots=True)
+class PackSharing:
+    """Who packs, and where finished layers are recorded; without ``records`` they are not."""
+
+    team: Team = field(default_factory=Team.alone)
+    records: Records[PackedLayer] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Layers:
+    """Finished layers, as they pass between processes."""
+
+    layers: tuple[PackedLayer, ...]
+
+
+def pack(  # noqa: PLR0913  (who packs, and who watches, changes no byte)
     adapter: ModelAdapter,
     batches: Batches,
     allocation: Allocation,
@@ -71,25 +76,30 @@ def pack(
     *,
     method: Method,
     progress: OnProgress | None = None,
+    sharing: PackSharing | None = None,
 ) -> PackReport:
-    """Write the checkpoint of an allocation to ``folder``.
+    """Write the checkpoint of an allocation to ``folder``; the leading process alone writes.
 
     Raises:
         ValueError: If the allocation does not cover the model's blocks, or values are not finite.
     """
     _check_covers(adapter, allocation)
-    run = _Run(adapter, allocation, method, batches.fit_tokens, batches.store)
-    writer = CheckpointWriter(folder)
+    sharing = sharing or PackSharing()
+    job = PackJob(adapter, allocation, method, batches.fit_tokens, batches.store, sharing.team)
+    writer = CheckpointWriter(folder) if sharing.team.leads else None
+    done = _known(sharing, writer)
     source = adapter.source
+    layers = range(len(source.layers))
 
     def on_layer(layer: int, calls: list[LayerCall]) -> list[object]:
         source.load_layer(layer)
         try:
             with torch.no_grad():
-                tensors = dict(_quantize_layer(run, layer, calls))
+                if layer in done:
+                    _reinstall(job, layer, folder)
+                else:
+                    done[layer] = _pack_layer(job, layer, calls, writer, sharing)
                 outputs = run_calls(calls, batches.store)
-            tensors |= _kept_tensors(run.adapter, source.layer_path(layer) + ".")
-            writer.add(f"layer-{layer:05d}", tensors)
         finally:
             adapter.uninstall(layer)
             source.free_layer(layer)
@@ -97,126 +107,83 @@ def pack(
             progress("pack", layer + 1, len(source.layers))
         return outputs
 
-    run_in_lockstep(source.model, source.layers, batches.tokens, on_layer, store=batches.store)
-    writer.add("outside", _kept_tensors(adapter, None))
-    total = writer.finish(source.folder, *_plan_tables(adapter, allocation))
-    return PackReport(folder, total, dict(run.tally), tuple(run.unrouted))
+    if any(layer not in done for layer in layers):
+        run_in_lockstep(source.model, source.layers, batches.tokens, on_layer, store=batches.store)
+    return sharing.team.from_lead(PackReport, lambda: _finish(job, writer, done))
 
 
-def _quantize_layer(run: _Run, layer: int, calls: list[LayerCall]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of all blocks of a layer; leaves the layer with its quantized weights."""
-    seen: dict[str, Capture] = {}
-    _record(run.adapter, layer, calls[0], run.adapter.layer_sites(layer), seen.setdefault)
-    groups = _groups_by_input(seen)
-    seen.clear()
-    for group in groups:
-        for inputs in _inputs_of_sites(run, layer, calls, group).values():
-            for candidate in _quantize_site(run, layer, inputs):
-                run.tally[candidate.quantizer] += 1
-                block = run.adapter.block(candidate.block)
-                for suffix, tensor in to_tensors(candidate.weight).items():
-                    yield f"{block.module}.{suffix}", tensor
+def plan_digest(allocation: Allocation) -> str:
+    """Digest of everything in a plan."""
+    return hashlib.sha256(to_text(allocation).encode()).hexdigest()
 
 
-def _inputs_of_sites(
-    run: _Run, layer: int, calls: Sequence[LayerCall], sites: Sequence[str]
-) -> dict[str, SiteInputs]:
-    """What the sites read over all batches, with the layer as it is now."""
-    captures = Captures(run.store)
+def _known(sharing: PackSharing, writer: CheckpointWriter | None) -> dict[int, PackedLayer]:
+    """The layers that an earlier run has finished, whose shards are as it wrote them."""
 
-    def keep(_: str, capture: Capture) -> None:
-        captures.add(capture)
+    def load() -> _Layers:
+        assert writer is not None
+        found = {} if sharing.records is None else sharing.records.load()
+        whole = []
+        for finished in found.values():
+            path = writer.folder / shard_file(_name(finished.layer))
+            if path.is_file() and file_digest(path) == finished.sha256:
+                whole.append(finished)
+            else:
+                log.warning("%s is absent or was changed; it is made anew", path)
+        writer.start({_name(finished.layer): finished.sha256 for finished in whole})
+        return _Layers(tuple(whole))
 
-    for call in calls:
-        _record(run.adapter, layer, call, sites, keep)
-        captures.end_batch()
-        run.store.release(call.hidden)
-    return captures.join(run.fit_tokens)
-
-
-def _quantize_site(run: _Run, layer: int, inputs: SiteInputs) -> Iterator[Candidate]:
-    module = run.adapter.module(inputs.site)
-    if not is_fused_experts(module):
-        yield from _quantize_probes(run, layer, [linear_probe(module, inputs)], None)
-        return
-    fit = inputs.x_TK[: run.fit_tokens]
-    prior_KK = second_moments(fit, torch.ones(len(fit)))
-    for experts in expert_chunks(run.adapter.site_blocks(inputs.site)):
-        probes = [expert_probes(module, inputs, expert) for expert in experts]
-        run.unrouted.extend(_expert_of(p["down"]) for p in probes if p["down"].tokens == 0)
-        for projection in [name for name in probes[0] if name != "down"]:
-            yield from _quantize_probes(run, layer, [p[projection] for p in probes], prior_KK)
-        # Gate and up are in place now: the inner activation is that of the quantized expert.
-        probes = [expert_probes(module, inputs, expert) for expert in experts]
-        yield from _quantize_probes(run, layer, [p["down"] for p in probes], None)
+    return {found.layer: found for found in sharing.team.from_lead(_Layers, load).layers}
 
 
-def _quantize_probes(
-    run: _Run, layer: int, probes: Sequence[Probe], prior_KK: Tensor | None
-) -> Iterator[Candidate]:
-    """Quantize the probes' blocks, those of one scheme together, and install them."""
-    by_scheme: dict[Scheme, list[Probe]] = defaultdict(list)
-    for probe in probes:
-        by_scheme[run.allocation.schemes[probe.block]].append(probe)
-    for scheme, members in sorted(by_scheme.items()):
-        batch = make_batch([_inputs_of(run.adapter, probe) for probe in members], prior_KK)
-        batch = rotate_batch(batch) if run.rotated(layer) else batch
-        candidates = quantize_batch(batch, scheme, run.method)
-        for candidate in candidates:
-            run.adapter.install(candidate.block, candidate.dense(), scheme, candidate.rotated)
-        yield from candidates
+def _reinstall(job: PackJob, layer: int, folder: Path) -> None:
+    """Put the weights of a finished layer in place, in every process."""
+    stored: dict[str, Tensor] = {}
+    if job.team.leads:
+        stored = block_tensors(job, layer, load_file(folder / shard_file(_name(layer))))
+    install_layer(job, layer, job.team.exchange_tensors("", stored)[0][1])
 
 
-def _expert_of(probe: Probe) -> str:
-    return probe.block.rsplit(".", 1)[0]
-
-
-def _inputs_of(adapter: ModelAdapter, probe: Probe) -> BlockInputs:
-    block = adapter.block(probe.block)
-    w_NK = read_block(adapter.parameter(block), block).clone()
-    return BlockInputs(probe.block, w_NK, probe.x_TK, probe.gate_T, probe.fit_rows)
-
-
-class _AllSeen(BaseException):
-    """Ends a layer's forward once the wanted inputs are known; nothing after them is needed."""
-
-
-def _record(
-    adapter: ModelAdapter,
+def _pack_layer(
+    job: PackJob,
     layer: int,
-    call: LayerCall,
-    wanted: Sequence[str],
-    keep: Callable[[str, Capture], object],
-) -> None:
-    """Give what the wanted sites of a layer read, as the layer is now, to ``keep``.
+    calls: list[LayerCall],
+    writer: CheckpointWriter | None,
+    sharing: PackSharing,
+) -> PackedLayer:
+    """Quantize a layer, write its shard and then its record."""
+    quantized = quantize_layer(job, layer, calls)
 
-    Raises:
-        ValueError: If the layer runs without one of them.
-    """
-    missing = set(wanted)
+    def write() -> PackedLayer:
+        assert writer is not None
+        prefix = job.adapter.source.layer_path(layer) + "."
+        tensors = {**quantized.tensors, **_kept_tensors(job.adapter, prefix)}
+        digest = writer.add(_name(layer), tensors)
+        provenance = Provenance("", "") if sharing.records is None else sharing.records.provenance
+        finished = PackedLayer(layer, digest, quantized.quantizers, quantized.unrouted, provenance)
+        if sharing.records is not None:
+            sharing.records.save(_name(layer), finished)
+        return finished
 
-    def sink(capture: Capture) -> None:
-        if capture.site in missing:
-            missing.discard(capture.site)
-            keep(capture.site, capture)
-        if not missing:
-            raise _AllSeen
-
-    with adapter.recording(layer, sink, inputs_only=True), suppress(_AllSeen):
-        call.run()
-    if missing:
-        raise ValueError(
-            f"layer {layer} runs without {sorted(missing)[0]}, so nothing is known of its inputs; "
-            "keep it in its type with --keep"
-        )
+    return job.team.from_lead(PackedLayer, write)
 
 
-def _groups_by_input(seen: Mapping[str, Capture]) -> list[list[str]]:
-    """Sites in order of computation, those that read the same tensor together."""
-    groups: dict[int, list[str]] = {}
-    for site, capture in seen.items():
-        groups.setdefault(capture.x_TK.untyped_storage().data_ptr(), []).append(site)
-    return list(groups.values())
+def _finish(
+    job: PackJob, writer: CheckpointWriter | None, done: Mapping[int, PackedLayer]
+) -> PackReport:
+    """Write what is outside the layers, the index and the configuration."""
+    assert writer is not None
+    writer.add("outside", _kept_tensors(job.adapter, None))
+    total = writer.finish(job.adapter.source.folder, *_plan_tables(job.adapter, job.allocation))
+    tally: Counter[str] = Counter()
+    for layer in sorted(done):
+        tally.update(done[layer].quantizers)
+    unrouted = tuple(expert for layer in sorted(done) for expert in done[layer].unrouted)
+    return PackReport(total, dict(sorted(tally.items())), unrouted)
+
+
+def _name(layer: int) -> str:
+    return f"layer-{layer:05d}"
 
 
 def _kept_tensors(adapter: ModelAdapter, prefix: str | None) -> dict[str, Tensor]:

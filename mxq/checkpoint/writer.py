@@ -16,6 +16,7 @@ from torch import Tensor
 from mxq.checkpoint.format import GUARD, CheckpointPlan
 from mxq.models.source import file_digest
 from mxq.scheme import Scheme
+from mxq.storage import remove_temporaries, write_atomically, write_whole
 
 _COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja")
 _OWN = ("config.json", "model.safetensors.index.json")
@@ -27,17 +28,28 @@ class CheckpointWriter:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self._keys: dict[str, str] = {}
-        self._total_bytes = 0
+        self._digests: dict[str, str] = {}
 
-    def add(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write one shard."""
-        file = f"model-{name}.safetensors"
+    def start(self, finished: Mapping[str, str]) -> None:
+        """Remove the shards of an earlier run but for the finished ones, given with digests."""
+        self._digests = {shard_file(name): digest for name, digest in finished.items()}
+        remove_temporaries(self.folder)
+        for name in _OWN:
+            (self.folder / name).unlink(missing_ok=True)
+        for path in self.folder.glob("*.safetensors"):
+            if path.name not in self._digests:
+                path.unlink()
+
+    def add(self, name: str, tensors: Mapping[str, Tensor]) -> str:
+        """Write one shard; its SHA-256."""
+        file = shard_file(name)
         plain = {key: tensors[key].detach().contiguous() for key in sorted(tensors)}
-        save_file(plain, self.folder / file, metadata={"format": "pt"})
-        for key, tensor in plain.items():
-            self._keys[key] = file
-            self._total_bytes += tensor.numel() * tensor.element_size()
+        write_whole(
+            self.folder / file,
+            lambda temporary: save_file(plain, temporary, metadata={"format": "pt"}),
+        )
+        self._digests[file] = file_digest(self.folder / file)
+        return self._digests[file]
 
     def finish(
         self,
@@ -47,23 +59,46 @@ class CheckpointWriter:
         rotated: frozenset[str],
     ) -> int:
         """Write the index, the tokenizer's files and config.json; bytes of all tensors."""
-        files = {name: file_digest(self.folder / name) for name in sorted(set(self._keys.values()))}
-        plan = CheckpointPlan(linears, experts, rotated, files)
+        plan = CheckpointPlan(linears, experts, rotated, dict(sorted(self._digests.items())))
+        total_bytes, weight_map = 0, {}
+        for file in self._digests:
+            for key, length in _lengths(self.folder / file).items():
+                weight_map[key] = file
+                total_bytes += length
         index = {
-            "metadata": {"total_size": self._total_bytes},
-            "weight_map": dict(sorted(self._keys.items())),
+            "metadata": {"total_size": total_bytes},
+            "weight_map": dict(sorted(weight_map.items())),
         }
         _write_json(self.folder / "model.safetensors.index.json", index)
         for pattern in _COMPANIONS:
             for path in sorted(source.glob(pattern)):
                 if path.name not in _OWN and not path.name.startswith("mxq"):
-                    shutil.copyfile(path, self.folder / path.name)
+                    _copy(path, self.folder / path.name)
         config: dict[str, Any] = json.loads((source / "config.json").read_text())
         config["quantization_config"] = plan.to_json()
         config["transformers_weights"] = GUARD
         _write_json(self.folder / "config.json", config)
-        return self._total_bytes
+        return total_bytes
+
+
+def shard_file(name: str) -> str:
+    """File name of the shard of that name."""
+    return f"model-{name}.safetensors"
+
+
+def _lengths(path: Path) -> dict[str, int]:
+    """Bytes of each tensor of a shard, from its header."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    del header["__metadata__"]
+    return {
+        key: entry["data_offsets"][1] - entry["data_offsets"][0] for key, entry in header.items()
+    }
+
+
+def _copy(path: Path, target: Path) -> None:
+    write_whole(target, lambda temporary: shutil.copyfile(path, temporary))
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    write_atomically(path, json.dumps(content, indent=1, sort_keys=True) + "\n")

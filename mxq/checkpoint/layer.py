@@ -1,0 +1,287 @@
+"""Quantize one decoder layer on the chosen mix, or put one in place that was packed before.
+
+Inside a layer the blocks are taken in order of computation: what shares an input is quantized
+together, then the layer runs again, so a down projection is fitted to what its quantized gate and
+up projections give. What shares an input is also what several processes deal out among them.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mxq.artifacts import Allocation
+from mxq.blocks import read_block
+from mxq.checkpoint.tensors import from_tensors, tensor_shapes, to_tensors
+from mxq.distributed import Team
+from mxq.models.activations import ActivationStore
+from mxq.models.adapter import Capture, ModelAdapter
+from mxq.models.experts import is_fused_experts
+from mxq.models.lockstep import LayerCall
+from mxq.models.probes import Captures, Probe, SiteInputs, expert_probes, linear_probe
+from mxq.quantizers.choose import (
+    BlockInputs,
+    Candidate,
+    expert_chunks,
+    make_batch,
+    quantize_batch,
+    rotate_batch,
+)
+from mxq.quantizers.method import Method
+from mxq.quantizers.moments import second_moments
+from mxq.scheme import Scheme
+
+
+@dataclass(frozen=True, slots=True)
+class PackJob:
+    """The unchanging arguments of one packing run."""
+
+    adapter: ModelAdapter
+    allocation: Allocation
+    method: Method
+    fit_tokens: int
+    store: ActivationStore
+    team: Team
+
+    def rotated(self, layer: int) -> bool:
+        """Whether the layer's block inputs are rotated."""
+        return layer in self.allocation.rotated_layers
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedLayer:
+    """Tensors of all blocks of a layer by their names in a file.
+
+    ``quantizers`` counts the blocks that each won; ``unrouted`` are experts that no token reached.
+    """
+
+    tensors: Mapping[str, Tensor]
+    quantizers: Mapping[str, int]
+    unrouted: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class _Found:
+    """What one process has quantized of a group of sites."""
+
+    quantizers: dict[str, str] = field(default_factory=dict)
+    unrouted: list[str] = field(default_factory=list)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def take(self, job: PackJob, candidates: Iterator[Candidate]) -> None:
+        for candidate in candidates:
+            self.quantizers[candidate.block] = candidate.quantizer
+            path = job.adapter.block(candidate.block).module
+            for suffix, tensor in to_tensors(candidate.weight).items():
+                self.tensors[f"{path}.{suffix}"] = tensor
+
+
+def quantize_layer(job: PackJob, layer: int, calls: list[LayerCall]) -> QuantizedLayer:
+    """Quantize all blocks of a loaded layer; leaves it with its quantized weights.
+
+    Raises:
+        ValueError: If the layer runs without one of its sites, or values are not finite.
+    """
+    seen: dict[str, Capture] = {}
+    _record(job.adapter, layer, calls[0], job.adapter.layer_sites(layer), seen.setdefault)
+    groups = _groups_by_input(seen)
+    seen.clear()
+    tensors: dict[str, Tensor] = {}
+    quantizers: dict[str, str] = {}
+    unrouted: set[str] = set()
+    for group in groups:
+        for part in _share_group(job, layer, calls, group):
+            tensors |= part.tensors
+            quantizers |= part.quantizers
+            unrouted |= set(part.unrouted)
+    won = sorted(quantizers.values())
+    experts = dict.fromkeys(_expert_of(block.name) for block in job.adapter.blocks(layer))
+    return QuantizedLayer(
+        tensors,
+        {name: won.count(name) for name in dict.fromkeys(won)},
+        tuple(expert for expert in experts if expert in unrouted),
+    )
+
+
+def install_layer(job: PackJob, layer: int, tensors: Mapping[str, Tensor]) -> None:
+    """Give a loaded layer the weights of its packed tensors, as ``quantize_layer`` leaves it."""
+    _install(job, [block.name for block in job.adapter.blocks(layer)], tensors)
+
+
+def block_tensors(job: PackJob, layer: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those tensors of a layer that stand for its blocks."""
+    return {
+        f"{block.module}.{suffix}": tensors[f"{block.module}.{suffix}"]
+        for block in job.adapter.blocks(layer)
+        for suffix in _suffixes(job, block.name)
+    }
+
+
+def _share_group(
+    job: PackJob, layer: int, calls: list[LayerCall], group: Sequence[str]
+) -> list[_Found]:
+    """Quantize the sites of one input, each process its part; every process installs all."""
+    mine = _Found()
+    for inputs, parts in _dealt(job, layer, calls, group):
+        mine.take(job, _quantize_site(job, layer, inputs, parts, mine.unrouted))
+    note = json.dumps([mine.quantizers, mine.unrouted])
+    found = []
+    for rank, (text, tensors) in enumerate(job.team.exchange_tensors(note, mine.tensors)):
+        quantizers, unrouted = json.loads(text)
+        if rank != job.team.rank:
+            _install(job, list(quantizers), tensors)
+        found.append(_Found(quantizers, unrouted, tensors))
+    return found
+
+
+_Part = list[int] | None
+"""Experts that are quantized together; None stands for a plain linear."""
+
+
+def _dealt(
+    job: PackJob, layer: int, calls: list[LayerCall], group: Sequence[str]
+) -> Iterator[tuple[SiteInputs, list[_Part]]]:
+    """The inputs of each site of which this process has parts, with those parts.
+
+    How a site is cut into parts does not depend on how many processes there are.
+    """
+    mine: dict[str, list[_Part]] = defaultdict(list)
+    parts = [(site, part) for site in group for part in _parts(job.adapter, site)]
+    for place, (site, part) in enumerate(parts):
+        if job.team.takes(place):
+            mine[site].append(part)
+    if mine:
+        inputs = _inputs_of_sites(job, layer, calls, list(mine))
+        for site in inputs:
+            yield inputs[site], mine[site]
+
+
+def _parts(adapter: ModelAdapter, site: str) -> list[_Part]:
+    if not is_fused_experts(adapter.module(site)):
+        return [None]
+    return list(expert_chunks(adapter.site_blocks(site)))
+
+
+def _install(job: PackJob, blocks: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
+    for name in blocks:
+        block, scheme = job.adapter.block(name), job.allocation.schemes[name]
+        own = {suffix: tensors[f"{block.module}.{suffix}"] for suffix in _suffixes(job, name)}
+        weight = from_tensors(own, scheme, block.out_features, block.in_features)
+        is_rotated = job.rotated(block.layer) and scheme.kind != "bf16"
+        w_NK = Candidate(name, weight, "", is_rotated).dense()
+        job.adapter.install(name, w_NK, scheme, is_rotated)
+
+
+def _suffixes(job: PackJob, name: str) -> Sequence[str]:
+    block = job.adapter.block(name)
+    scheme = job.allocation.schemes[name]
+    return tuple(tensor_shapes(scheme, block.out_features, block.in_features))
+
+
+def _inputs_of_sites(
+    job: PackJob, layer: int, calls: Sequence[LayerCall], sites: Sequence[str]
+) -> dict[str, SiteInputs]:
+    """What the sites read over all batches, with the layer as it is now."""
+    captures = Captures(job.store)
+
+    def keep(_: str, capture: Capture) -> None:
+        captures.add(capture)
+
+    for call in calls:
+        _record(job.adapter, layer, call, sites, keep)
+        captures.end_batch()
+        job.store.release(call.hidden)
+    return captures.join(job.fit_tokens)
+
+
+def _quantize_site(
+    job: PackJob, layer: int, inputs: SiteInputs, parts: Sequence[_Part], unrouted: list[str]
+) -> Iterator[Candidate]:
+    """Quantize parts of a site; experts without tokens are added to ``unrouted``."""
+    module = job.adapter.module(inputs.site)
+    if not is_fused_experts(module):
+        yield from _quantize_probes(job, layer, [linear_probe(module, inputs)], None)
+        return
+    fit = inputs.x_TK[: job.fit_tokens]
+    prior_KK = second_moments(fit, torch.ones(len(fit)))
+    for experts in parts:
+        assert experts is not None
+        probes = [expert_probes(module, inputs, expert) for expert in experts]
+        unrouted.extend(_expert_of(p["down"].block) for p in probes if p["down"].tokens == 0)
+        for projection in [name for name in probes[0] if name != "down"]:
+            yield from _quantize_probes(job, layer, [p[projection] for p in probes], prior_KK)
+        # Gate and up are in place now: the inner activation is that of the quantized expert.
+        probes = [expert_probes(module, inputs, expert) for expert in experts]
+        yield from _quantize_probes(job, layer, [p["down"] for p in probes], None)
+
+
+def _quantize_probes(
+    job: PackJob, layer: int, probes: Sequence[Probe], prior_KK: Tensor | None
+) -> Iterator[Candidate]:
+    """Quantize the probes' blocks, those of one scheme together, and install them."""
+    by_scheme: dict[Scheme, list[Probe]] = defaultdict(list)
+    for probe in probes:
+        by_scheme[job.allocation.schemes[probe.block]].append(probe)
+    for scheme, members in sorted(by_scheme.items()):
+        batch = make_batch([_inputs_of(job.adapter, probe) for probe in members], prior_KK)
+        batch = rotate_batch(batch) if job.rotated(layer) else batch
+        candidates = quantize_batch(batch, scheme, job.method)
+        for candidate in candidates:
+            job.adapter.install(candidate.block, candidate.dense(), scheme, candidate.rotated)
+        yield from candidates
+
+
+def _expert_of(block: str) -> str:
+    return block.rsplit(".", 1)[0]
+
+
+def _inputs_of(adapter: ModelAdapter, probe: Probe) -> BlockInputs:
+    block = adapter.block(probe.block)
+    w_NK = read_block(adapter.parameter(block), block).clone()
+    return BlockInputs(probe.block, w_NK, probe.x_TK, probe.gate_T, probe.fit_rows)
+
+
+class _AllSeen(BaseException):
+    """Ends a layer's forward once the wanted inputs are known; nothing after them is needed."""
+
+
+def _record(
+    adapter: ModelAdapter,
+    layer: int,
+    call: LayerCall,
+    wanted: Sequence[str],
+    keep: Callable[[str, Capture], object],
+) -> None:
+    """Give what the wanted sites of a layer read, as the layer is now, to ``keep``.
+
+    Raises:
+        ValueError: If the layer runs without one of them.
+    """
+    missing = set(wanted)
+
+    def sink(capture: Capture) -> None:
+        if capture.site in missing:
+            missing.discard(capture.site)
+            keep(capture.site, capture)
+        if not missing:
+            raise _AllSeen
+
+    with adapter.recording(layer, sink, inputs_only=True), suppress(_AllSeen):
+        call.run()
+    if missing:
+        raise ValueError(
+            f"layer {layer} runs without {sorted(missing)[0]}, so nothing is known of its inputs; "
+            "keep it in its type with --keep"
+        )
+
+
+def _groups_by_input(seen: Mapping[str, Capture]) -> list[list[str]]:
+    """Sites in order of computation, those that read the same tensor together."""
+    groups: dict[int, list[str]] = {}
+    for site, capture in seen.items():
+        groups.setdefault(capture.x_TK.untyped_storage().data_ptr(), []).append(site)
+    return list(groups.values())
