@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from mxq.models.source import load_whole
+from mxq.models.skeleton import load_whole
 
 Loaded = TypeVar("Loaded")
 

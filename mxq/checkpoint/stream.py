@@ -11,7 +11,8 @@ from torch import nn
 from transformers import AutoConfig
 
 from mxq.checkpoint.load import MxqConfig, check_files, check_tensors, swap_modules
-from mxq.models.source import ModelSource, build_skeleton
+from mxq.models.skeleton import build_skeleton
+from mxq.models.source import ModelSource
 
 
 def open_packed(folder: Path, dtype: torch.dtype) -> ModelSource:

@@ -25,7 +25,8 @@ from mxq.models.experts import (
     route,
     working_linear,
 )
-from mxq.models.source import EXPERTS_FUNCTION, ModelSource
+from mxq.models.skeleton import EXPERTS_FUNCTION
+from mxq.models.source import ModelSource
 from mxq.numerics import fake_quantize_input, rotate, unrotate
 from mxq.scheme import Scheme
 

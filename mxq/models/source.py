@@ -25,13 +25,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -40,11 +34,10 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import LoadStateDictConfig, _load_parameter_into_model
 
-EXPERTS_FUNCTION = "mxq"
-"""Name under which mxq's experts function is registered with transformers."""
+from mxq.models.decoding import DecodingSlice, Encoded, find_encoded
+from mxq.models.skeleton import build_skeleton, find_decoder_layers
 
 _DTYPES = {
     "F64": torch.float64,
@@ -66,19 +59,27 @@ class ModelSource:
 
     ``model`` is the transformers module tree with the decoder layers on the meta device;
     ``layers`` are those layers and ``layers_name`` their path. A model that also sees or hears has
-    its towers outside these layers; they are loaded whole and stay as they are. ``converts`` is
-    False where the files use the names of the module tree, tensor by tensor.
+    its towers outside these layers; they are loaded whole and stay as they are.
+
+    ``encoded`` are weights that the files hold as codes and scales, decoded as they are read.
+    ``converts`` is False where the files use the names of the module tree, tensor by tensor.
     """
 
     def __init__(
-        self, folder: Path, model: PreTrainedModel, dtype: torch.dtype, *, converts: bool = True
+        self,
+        folder: Path,
+        model: PreTrainedModel,
+        dtype: torch.dtype,
+        *,
+        encoded: Mapping[str, Encoded] | None = None,
+        converts: bool = True,
     ) -> None:
         self.folder = folder
         self.model = model
         self.dtype = dtype
         self.files = checkpoint_files(folder)
         self.layers_name, self.layers = find_decoder_layers(model)
-        _check_layers_are_their_own(model, self.layers_name)
+        self._encoded = encoded or {}
         self._mapping = get_model_conversion_mapping(model) if converts else []
         self._digest: str | None = None
         self._keys = self._index_keys()
@@ -109,8 +110,13 @@ class ModelSource:
                     module._buffers[name] = buffer.to("meta")
 
     def stored_dtype(self, target: str) -> torch.dtype:
-        """Type in which the files hold a parameter (that of its first part)."""
+        """Type in which the files hold a parameter (that of its first part).
+
+        It is bfloat16 where they hold codes: the values are those of no wider type.
+        """
         key = self._first_key[target]
+        if key in self._encoded:
+            return torch.bfloat16
         with _open_safetensors(self.folder / self.files[key]) as file:
             return _DTYPES[file.get_slice(key).get_dtype()]
 
@@ -135,7 +141,9 @@ class ModelSource:
         meta = self.model.state_dict()
         keys: dict[str, list[str]] = defaultdict(list)
         self._first_key: dict[str, str] = {}
-        for key in sorted(self.files, key=dot_natural_key):
+        parts = {part for encoded in self._encoded.values() for part in encoded.parts}
+        names = {*self.files} - parts | {*self._encoded}
+        for key in sorted(names, key=dot_natural_key):
             target, pattern = rename_source_key(
                 key, renamings, converters, self.model.base_model_prefix, meta
             )
@@ -192,10 +200,22 @@ class ModelSource:
             raise ValueError(f"{self.folder}: transformers could not load {problems[:3]}")
 
     def _slices(self, keys: Sequence[str], stack: ExitStack) -> dict[str, Any]:
+        parts = {key: self._encoded[key].parts for key in keys if key in self._encoded}
+        stored = [part for key in keys for part in parts.get(key, (key,))]
         opened: dict[str, Any] = {}
-        for name in sorted({self.files[key] for key in keys}):
+        for name in sorted({self.files[key] for key in stored}):
             opened[name] = stack.enter_context(_open_safetensors(self.folder / name))
-        return {key: opened[self.files[key]].get_slice(key) for key in keys}
+        slices = {key: opened[self.files[key]].get_slice(key) for key in stored}
+        for key in keys:
+            if key in parts:
+                halves = tuple(slices[part] for part in parts[key])
+                slices[key] = DecodingSlice(key, self._encoded[key], halves)
+            elif slices[key].get_dtype() not in _DTYPES:
+                raise ValueError(
+                    f"{self.folder} holds {key} as {slices[key].get_dtype()} without scales that "
+                    "mxq can read; give the original model"
+                )
+        return {key: slices[key] for key in keys}
 
 
 def open_source(
@@ -205,64 +225,27 @@ def open_source(
 
     Raises:
         ValueError: If there is no such model, it is not a causal language model in safetensors,
-            or it is already quantized.
+            or it is quantized in a form that mxq does not read.
     """
     folder = resolve_folder(model, revision=revision)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json: it is not a Hugging Face model folder")
-    checkpoint_files(folder)
+    files = checkpoint_files(folder)
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, KeyError, ValueError, StrictDataclassError) as error:
         raise ValueError(f"{folder}/config.json cannot be read by transformers: {error}") from error
-    quantized = getattr(config, "quantization_config", None)
-    if quantized is not None:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        raise ValueError(f"{folder} is already quantized ({method}); give the original model")
-    return ModelSource(folder, build_skeleton(config, dtype), dtype)
+    encoded = find_encoded(_quantization_of(config), files, folder)
+    return ModelSource(folder, build_skeleton(config, dtype), dtype, encoded=encoded)
 
 
-def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The module tree on the meta device, its experts going through mxq's experts function."""
-    auto = auto_class(config)
-    with torch.device("meta"):
-        model = auto.from_config(config, dtype=dtype)
-    # A wrapper from another file than its language part does not pass the choice down.
-    for part in model.modules():
-        if isinstance(part, PreTrainedModel) and part._can_set_experts_implementation():
-            part.set_experts_implementation(EXPERTS_FUNCTION)
-    return cast(PreTrainedModel, model.eval())
-
-
-def auto_class(config: PreTrainedConfig) -> Any:
-    """The auto class whose ``from_pretrained`` builds the model that the files hold.
-
-    Where transformers has several models for a configuration, the one that ``architectures`` names
-    wrote the files: the whole model, say, and not its language part alone.
-
-    Raises:
-        ValueError: If transformers has no language model for this configuration.
-    """
-    named = set(config.architectures or ())
-    found = []
-    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
-        if type(config) in auto._model_mapping:
-            model: Any = auto._model_mapping[type(config)]
-            if model.__name__ in named:
-                return auto
-            found.append(auto)
-    if not found:
-        raise ValueError(
-            f"transformers has no causal language model for {type(config).__name__}, nor one that "
-            "turns images and text into text; give the folder of a language model"
-        )
-    return found[0]
-
-
-def load_whole(model: str | Path, **options: Any) -> PreTrainedModel:
-    """``from_pretrained`` of the auto class that the configuration asks for."""
-    config = AutoConfig.from_pretrained(model)
-    return cast(PreTrainedModel, auto_class(config).from_pretrained(model, **options))
+def _quantization_of(config: PreTrainedConfig) -> Mapping[str, Any] | None:
+    """The ``quantization_config`` of a checkpoint, which may be that of its language part."""
+    for part in (config, config.get_text_config()):
+        found = getattr(part, "quantization_config", None)
+        if found is not None:
+            return found if isinstance(found, dict) else cast(dict[str, Any], found.to_dict())
+    return None
 
 
 def resolve_folder(model: str | Path, *, revision: str | None = None) -> Path:
@@ -308,33 +291,6 @@ def checkpoint_files(folder: Path) -> dict[str, str]:
         f"{folder} has no model.safetensors and no index; only safetensors are read "
         "(convert other formats with save_pretrained)"
     )
-
-
-def find_decoder_layers(model: PreTrainedModel) -> tuple[str, tuple[nn.Module, ...]]:
-    """The longest list of decoder layers of the language part, with its path."""
-    decoder: nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]  # of transformers
-    path = next((name for name, module in model.named_modules() if module is decoder), "")
-    best: tuple[str, tuple[nn.Module, ...]] | None = None
-    for name, module in decoder.named_modules(prefix=path):
-        if not isinstance(module, nn.ModuleList) or len(module) == 0:
-            continue
-        are_layers = all(isinstance(item, GradientCheckpointingLayer) for item in module)
-        if are_layers and (best is None or len(module) > len(best[1])):
-            best = (name, tuple(module))
-    if best is None:
-        raise ValueError(f"{type(model).__name__} has no list of decoder layers that mxq can find")
-    return best
-
-
-def _check_layers_are_their_own(model: PreTrainedModel, layers_name: str) -> None:
-    """Raise ValueError if a decoder layer shares a weight: one layer at a time is in memory."""
-    tied = model.all_tied_weights_keys or {}
-    shared = sorted(n for pair in tied.items() for n in pair if n.startswith(f"{layers_name}."))
-    if shared:
-        raise ValueError(
-            f"the decoder layers of {type(model).__name__} share weights with each other or with "
-            f"another part of the model, first {shared[0]!r}; mxq does not quantize such models"
-        )
 
 
 def _siblings(target: str, pattern: str | None, converters: Sequence[Any]) -> set[str]:

@@ -13,7 +13,7 @@ from transformers import (
 
 from mxq.config import CalibrationOptions
 from mxq.models.adapter import ModelAdapter
-from mxq.models.source import load_whole
+from mxq.models.skeleton import load_whole
 from mxq.profiling.calibration import CalibrationSet, load_calibration
 
 

@@ -16,7 +16,8 @@ from mxq.evaluation import compare_logits
 from mxq.heldout import measure_loss
 from mxq.models.activations import ActivationStore
 from mxq.models.adapter import ModelAdapter
-from mxq.models.source import EXPERTS_FUNCTION, load_whole, open_source
+from mxq.models.skeleton import EXPERTS_FUNCTION, load_whole
+from mxq.models.source import open_source
 
 HELDOUT = (token_ids(2, 16, seed=7), token_ids(1, 9, seed=8))
 
