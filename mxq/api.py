@@ -17,8 +17,9 @@ from mxq.config import (
     ResourceOptions,
     parse_size,
 )
+from mxq.finish import QuantizeResult
 from mxq.latency import profile_folder
-from mxq.pipeline import QuantizeResult, run_quantize
+from mxq.pipeline import run_quantize
 from mxq.profiling.sensitivity import SENSITIVITY, Sensitivity
 from mxq.progress import Report
 from mxq.quantizers import QUANTIZERS, Quantizer, per_matrix

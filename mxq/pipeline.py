@@ -3,18 +3,15 @@
 ``run_quantize`` is the whole of it; the functions below it are its stages and can be called alone.
 """
 
-import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from mxq.artifacts import Allocation, BlockInfo, SensitivityTable
+from mxq.artifacts import Allocation, BlockInfo, Provenance, SensitivityTable
 from mxq.blocks import LinearBlock
-from mxq.checkpoint.pack import PackReport, pack
-from mxq.checkpoint.size import block_budget
 from mxq.choices import Choices, measure_settings
 from mxq.config import (
     AllocateOptions,
@@ -25,22 +22,26 @@ from mxq.config import (
     QuantizeOptions,
 )
 from mxq.demo import model_path
-from mxq.heldout import MeasuredLoss, measure_loss
+from mxq.distributed import Team
+from mxq.finish import Finish, QuantizeResult, pack_and_choose, stage
 from mxq.latency import LatencyReport, latency_report, load_pricing
 from mxq.models.adapter import ModelAdapter
 from mxq.models.source import open_source
 from mxq.models.sweep import make_batches
+from mxq.planning import plan, run_allocate
 from mxq.profiling.activation import (
     ActivationStats,
     choose_top_up,
     profile_routing,
     under_floor,
 )
+from mxq.profiling.calibration import CalibrationSet
 from mxq.profiling.draw import draw_calibration
-from mxq.profiling.measure import measure
+from mxq.profiling.losses import LayerLosses, MeasureSettings
+from mxq.profiling.measure import Sharing, measure
 from mxq.progress import Report
-from mxq.publish import check_apart, check_output, publish
-from mxq.search.allocate import allocate, best_uniform, check_solved_on, next_uniform, uniform
+from mxq.publish import check_apart, check_output
+from mxq.search.allocate import check_solved_on
 from mxq.workspace import (
     CalibrationTokens,
     RunSettings,
@@ -48,31 +49,11 @@ from mxq.workspace import (
     make_provenance,
     make_tokens,
     open_workspace,
+    share_calibration,
 )
 
 CalibrationData = object
 """A spelling, texts, token ids, or anything else that ``load_calibration`` takes."""
-
-
-@dataclass(frozen=True, slots=True)
-class QuantizeResult:
-    """What a run wrote, and what it found.
-
-    ``losses`` are measured on held-out text, by plan name; ``written`` names the plan whose
-    checkpoint is in ``folder``. ``above`` is the smallest uniform plan that the budget leaves
-    out, unpacked, for comparison.
-    """
-
-    folder: Path
-    written: str
-    plans: Mapping[str, Allocation]
-    packs: Mapping[str, PackReport]
-    losses: Mapping[str, MeasuredLoss]
-    profile: ActivationStats
-    above: Allocation | None
-    blocks: tuple[BlockInfo, ...]
-    kept: Mapping[str, int]
-    unit: str
 
 
 def run_quantize(
@@ -81,33 +62,33 @@ def run_quantize(
     data: CalibrationData | None = None,
     choices: Choices | None = None,
     report: Report | None = None,
+    team: Team | None = None,
 ) -> QuantizeResult:
     """Quantize a model and write a checkpoint that ``from_pretrained`` loads.
 
-    ``data`` replaces the calibration named in the options.
+    ``data`` replaces the calibration named in the options. A run that was stopped goes on with
+    what is in its work folder, one that has ended returns at once.
 
     Raises:
         ValueError: For anything that the user can mend; nothing is left half-written.
     """
-    check_output(options.output)
-    adapter = open_adapter(options.model)
-    check_apart(options.output, adapter.source.folder)
     forced = options.allocate.forced_scheme()
     measured = options.measure if forced is None else replace(options.measure, schemes=(forced,))
-    work = open_workspace(options.output.work_folder, options.resources)
-    tokens, profile = run_profile(
-        work, adapter, options.model, options.calibration, measured, data=data, report=report
-    )
-    table = run_measure(work, adapter, tokens, measured, choices=choices, report=report)
-    plans = plan(table, options.allocate, adapter)
-    work.save("allocation", plans["plan"])
-    if not options.output.guard:
-        plans = {"plan": plans["plan"]}
-    return _pack_and_choose(
-        _Finish(work, adapter, tokens, profile, table, measured, options.output, choices),
-        plans,
-        report,
-    )
+    work = open_workspace(options.output.work_folder, options.resources, team)
+    if work.team.leads:
+        check_output(options.output, may_go_on=choices is None)
+    adapter = open_adapter(options.model)
+    check_apart(options.output, adapter.source.folder)
+    with work.locked():
+        tokens, profile = run_profile(
+            work, adapter, options.model, options.calibration, measured, data=data, report=report
+        )
+        table = run_measure(work, adapter, tokens, measured, choices=choices, report=report)
+        plans = run_allocate(work, adapter, table, options.allocate)
+        if not options.output.guard:
+            plans = {"plan": plans["plan"]}
+        finish = Finish(work, adapter, tokens, profile, table, measured, options.output, choices)
+        return pack_and_choose(finish, plans, report)
 
 
 def plan_again(work: Workspace, options: AllocateOptions) -> dict[str, Allocation]:
@@ -119,7 +100,8 @@ def plan_again(work: Workspace, options: AllocateOptions) -> dict[str, Allocatio
     table = work.sensitivity()
     adapter = None if options.size_bytes is None else open_adapter(work.settings().model)
     plans = plan(table, options, adapter)
-    work.save("allocation", plans["plan"])
+    with work.locked():
+        work.save("allocation", plans["plan"])
     return plans
 
 
@@ -135,15 +117,44 @@ def pack_again(
     Raises:
         ValueError: If a stage before is missing, or the model has changed since.
     """
-    check_output(output)
-    settings, table, allocation = work.settings(), work.sensitivity(), work.allocation()
-    adapter = open_adapter(settings.model)
+    team = work.team
+    if team.leads:
+        check_output(output, may_go_on=choices is None)
+    with work.locked():
+        found = team.from_lead(_Planned, lambda: _planned(work))
+        adapter = open_adapter(found.settings.model)
+        check_apart(output, adapter.source.folder)
+        tokens, profile = share_calibration(
+            team, lambda: _calibration_of(work, adapter, found.settings, found.table)
+        )
+        check_solved_on(found.allocation, found.table)
+        measured = found.settings.measure
+        finish = Finish(work, adapter, tokens, profile, found.table, measured, output, choices)
+        return pack_and_choose(finish, {"plan": found.allocation}, report)
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """What a work folder holds once a plan is solved."""
+
+    settings: RunSettings
+    table: SensitivityTable
+    allocation: Allocation
+
+
+def _planned(work: Workspace) -> _Planned:
+    return _Planned(work.settings(), work.sensitivity(), work.allocation())
+
+
+def _calibration_of(
+    work: Workspace, adapter: ModelAdapter, settings: RunSettings, table: SensitivityTable
+) -> tuple[CalibrationTokens, ActivationStats]:
+    """The tokens and the profile of a work folder, once they are seen to fit its plan."""
     if adapter.source.digest() != settings.model_digest:
         raise ValueError(
             f"{settings.model.model} is not the model that {work.folder} was measured on; "
             "run mxq measure again"
         )
-    check_apart(output, adapter.source.folder)
     tokens, profile = work.tokens(), work.profile()
     made_from = table.provenance.model_digest, table.provenance.calibration_digest
     if made_from != (settings.model_digest, tokens.digest):
@@ -157,52 +168,7 @@ def pack_again(
             f"{table.provenance.settings['quantizer']}, the folder is now set to "
             f"{settings.measure.quantizer}; run mxq measure and mxq allocate again"
         )
-    check_solved_on(allocation, table)
-    finish = _Finish(work, adapter, tokens, profile, table, settings.measure, output, choices)
-    return _pack_and_choose(finish, {"plan": allocation}, report)
-
-
-@dataclass(frozen=True, slots=True)
-class _Finish:
-    """Everything that the last stage needs beside the plans."""
-
-    work: Workspace
-    adapter: ModelAdapter
-    tokens: CalibrationTokens
-    profile: ActivationStats
-    table: SensitivityTable
-    measured: MeasureOptions
-    output: OutputOptions
-    choices: Choices | None
-
-
-def _pack_and_choose(
-    finish: _Finish, plans: Mapping[str, Allocation], report: Report | None
-) -> QuantizeResult:
-    """Pack every plan, measure each on held-out text, and publish the best."""
-    folders = {name: finish.work.folder / f"packed-{name}" for name in plans}
-    try:
-        packs = {name: _pack(finish, plan, folders[name], report) for name, plan in plans.items()}
-        heldout = finish.tokens.batches().heldout
-        tell, store = _stage(report, "measure loss"), finish.work.store
-        losses = measure_loss(finish.adapter, heldout, folders, tell, store=store)
-        written = min(losses, key=lambda name: losses[name].kl)
-        publish(finish.output, folders[written], written, plans, losses)
-    finally:
-        for folder in folders.values():
-            shutil.rmtree(folder, ignore_errors=True)
-    return QuantizeResult(
-        folder=finish.output.output,
-        written=written,
-        plans=plans,
-        packs=packs,
-        losses=losses,
-        profile=finish.profile,
-        above=next_uniform(finish.table, bits=plans["plan"].asked_bits),
-        blocks=finish.table.blocks,
-        kept=dict(Counter(finish.adapter.coverage.kept.values())),
-        unit=finish.table.unit,
-    )
+    return tokens, profile
 
 
 def open_adapter(options: ModelOptions) -> ModelAdapter:
@@ -227,37 +193,50 @@ def run_profile(  # noqa: PLR0913  (what is recorded in the work folder, and the
     report: Report | None = None,
 ) -> tuple[CalibrationTokens, ActivationStats]:
     """Stage 1: calibration tokens, topped up for cold experts, and the activation statistics."""
-    report_step = _stage(report, "profile")
-    base, spare, heldout = draw_calibration(adapter, calibration, data)
+
+    def make() -> tuple[CalibrationTokens, ActivationStats]:
+        base, spare, heldout = draw_calibration(adapter, calibration, data)
+        work.save("settings", RunSettings(model, calibration, measured, adapter.source.digest()))
+        return _profile(work, adapter, (base, spare, heldout), calibration.expert_floor, report)
+
+    return share_calibration(work.team, make)
+
+
+def _profile(
+    work: Workspace,
+    adapter: ModelAdapter,
+    drawn: tuple[CalibrationSet, CalibrationSet | None, CalibrationSet],
+    floor: int,
+    report: Report | None,
+) -> tuple[CalibrationTokens, ActivationStats]:
+    """Tokens and profile of drawn samples: to fit to, in reserve, and held out."""
+    base, spare, heldout = drawn
     seen = base.input_ids if spare is None else torch.cat([base.input_ids, spare.input_ids])
     domains = base.domains if spare is None else (*base.domains, *spare.domains)
-    digest = adapter.source.digest()
-    drawn = make_tokens(seen, heldout.input_ids)
-    keep = list(adapter.keep)
     settings = {
-        "floor": calibration.expert_floor,
+        "floor": floor,
         "scope": adapter.scope,
-        "keep": keep,
+        "keep": list(adapter.keep),
         "domains": dict(Counter(domains)),
     }
-    provenance = make_provenance(digest, drawn.digest, settings)
-    work.save("settings", RunSettings(model, calibration, measured, digest))
+    digest = make_tokens(seen, heldout.input_ids).digest
+    provenance = make_provenance(adapter.source.digest(), digest, settings)
     cached = work.cached("profile", ActivationStats, provenance)
     if cached is not None and work.has_tokens(cached.tokens_digest):
         return work.tokens(), cached
     batches = make_batches(seen, None, store=work.store)
-    sites, routing = profile_routing(adapter, batches, domains, report_step)
+    sites, routing = profile_routing(adapter, batches, domains, stage(report, "profile"))
     samples = range(len(base.input_ids))
     extra = range(len(base.input_ids), len(seen))
-    added = choose_top_up(routing, samples, extra, calibration.expert_floor)
-    before = under_floor(routing, samples, calibration.expert_floor)
-    cold = under_floor(routing, (*samples, *added), calibration.expert_floor)
+    added = choose_top_up(routing, samples, extra, floor)
+    before = under_floor(routing, samples, floor)
+    cold = under_floor(routing, (*samples, *added), floor)
     tokens = make_tokens(seen[[*samples, *added]], heldout.input_ids)
     profile = ActivationStats(
         domains=tuple(sorted(set(domains))),
         total_tokens=seen.numel(),
         sites=sites,
-        floor=calibration.expert_floor,
+        floor=floor,
         topped_up=tuple(name for name in before if name not in cold),
         cold=cold,
         added_samples=len(added),
@@ -278,9 +257,47 @@ def run_measure(
     choices: Choices | None = None,
     report: Report | None = None,
 ) -> SensitivityTable:
-    """Stage 2: the loss of every block under every scheme."""
-    settings = measure_settings(adapter, options, choices)
-    recorded = {
+    """Stage 2: the loss of every block under every scheme.
+
+    With callables of the caller's own nothing is kept: no file tells whether they are the same.
+    """
+    settings, team = measure_settings(adapter, options, choices), work.team
+    recorded = _recorded(adapter, settings)
+    provenance = team.from_lead(
+        Provenance, lambda: make_provenance(adapter.source.digest(), tokens.digest, recorded)
+    )
+    if choices is None:
+        found = team.from_lead(
+            _Table, lambda: _Table(work.cached("sensitivity", SensitivityTable, provenance))
+        )
+        if found.table is not None:
+            return found.table
+    records = work.records("measure", LayerLosses, provenance)
+    table = measure(
+        adapter,
+        tokens.batches(work.store),
+        settings,
+        provenance,
+        generator=torch.Generator().manual_seed(0),
+        progress=stage(report, "measure"),
+        sharing=Sharing(team, records if choices is None else None),
+    )
+    if team.leads:
+        work.save("sensitivity", table)
+        records.clear()
+    return table
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """The table of an earlier run, if there is one."""
+
+    table: SensitivityTable | None
+
+
+def _recorded(adapter: ModelAdapter, settings: MeasureSettings) -> dict[str, object]:
+    """The settings that a table depends on."""
+    return {
         "schemes": [str(scheme) for scheme in settings.schemes],
         "sensitivity": settings.metric_name,
         "quantizer": settings.method.name,
@@ -288,65 +305,6 @@ def run_measure(
         "scope": adapter.scope,
         "keep": list(adapter.keep),
     }
-    settings_digest = make_provenance(adapter.source.digest(), tokens.digest, recorded)
-    if choices is None:
-        cached = work.cached("sensitivity", SensitivityTable, settings_digest)
-        if cached is not None:
-            return cached
-    table = measure(
-        adapter,
-        tokens.batches(work.store),
-        settings,
-        settings_digest,
-        generator=torch.Generator().manual_seed(0),
-        progress=_stage(report, "measure"),
-    )
-    work.save("sensitivity", table)
-    return table
-
-
-def plan(
-    table: SensitivityTable, options: AllocateOptions, adapter: ModelAdapter | None = None
-) -> dict[str, Allocation]:
-    """Stages 3 and 4: prices and the plan, with the uniform plan of the same size beside it.
-
-    ``adapter`` is needed for a budget of the whole checkpoint only.
-    """
-    cost = None
-    if options.device is not None:
-        cost = load_pricing(options.device, options.profiles).cost
-    forced = options.forced_scheme()
-    if forced is not None:
-        return {"plan": uniform(table, forced, cost_model=cost, tokens=options.tokens)}
-    limit = None
-    if options.size_bytes is not None:
-        assert adapter is not None
-        limit = block_budget(adapter, options.size_bytes)
-    chosen = allocate(
-        table,
-        bits=options.bits,
-        storage_bits=limit,
-        granularity=options.granularity,
-        tie_gate_up=options.tie_gate_up,
-        floor_bits=options.floor_bits,
-        cost_model=cost,
-        tokens=options.tokens,
-        max_latency_us=options.max_latency_us,
-        solver=options.solver,
-        objective=options.objective,
-        r=options.r,
-    )
-    if options.floor_bits is not None:
-        return {"plan": chosen}  # a uniform plan keeps the floor only by chance
-    asked = limit if limit is not None else int((options.bits or 0) * chosen.weights)
-    beside = best_uniform(
-        table,
-        storage_bits=asked,
-        cost_model=cost,
-        tokens=options.tokens,
-        max_latency_us=options.max_latency_us,
-    )
-    return {"plan": chosen} if beside is None else {"plan": chosen, "uniform": beside}
 
 
 def latency_of(
@@ -372,27 +330,3 @@ def shapes_of(source: str) -> tuple[tuple[int, int], ...]:
     else:
         blocks = open_adapter(ModelOptions(source)).blocks()
     return tuple(sorted({(block.out_features, block.in_features) for block in blocks}))
-
-
-def _pack(
-    finish: _Finish, allocation: Allocation, folder: Path, report: Report | None
-) -> PackReport:
-    """Stage 5: quantize on the chosen mix and write the checkpoint into a fresh folder."""
-    shutil.rmtree(folder, ignore_errors=True)
-    settings = measure_settings(finish.adapter, finish.measured, finish.choices)
-    return pack(
-        finish.adapter,
-        finish.tokens.batches(finish.work.store),
-        allocation,
-        folder,
-        method=settings.method,
-        progress=_stage(report, f"pack {folder.name.removeprefix('packed-')}"),
-    )
-
-
-def _stage(report: Report | None, stage: str) -> Callable[[str, int, int], None]:
-    def tell(step: str, done: int, total: int) -> None:
-        if report is not None:
-            report(stage, step, done, total)
-
-    return tell

@@ -1,28 +1,66 @@
-"""The last step of a run: the chosen checkpoint moves into the output folder, config.json last."""
+"""The last step of a run: the chosen checkpoint moves into the output folder, config.json last.
+
+``mxq_run.json`` goes first: it says what the files to come were made from and their digests. A run
+that finds it goes on moving, or is finished already; a folder without it, or of another run, is
+not touched unless the user allows it.
+"""
 
 import json
-import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from mxq.artifacts import Allocation
+from mxq.artifacts import Allocation, Provenance
+from mxq.checkpoint.pack import PackReport
 from mxq.config import OutputOptions
 from mxq.heldout import MeasuredLoss
-from mxq.storage import save_artifact
+from mxq.models.source import file_digest
+from mxq.records import differences
+from mxq.storage import (
+    load_artifact,
+    move_whole,
+    remove_temporaries,
+    save_artifact,
+    write_atomically,
+)
+
+RECORD = "mxq_run.json"
 
 
-def check_output(options: OutputOptions) -> None:
-    """Raise ValueError if the output folder holds something that a run would spoil."""
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """What an output folder holds, and all that a finished run has found.
+
+    ``files`` are SHA-256 digests by name, config.json last.
+    """
+
+    written: str
+    packs: Mapping[str, PackReport]
+    losses: Mapping[str, MeasuredLoss]
+    files: Mapping[str, str]
+    provenance: Provenance
+
+
+def check_output(options: OutputOptions, *, may_go_on: bool) -> None:
+    """Raise ValueError if the output folder holds something that a run would spoil.
+
+    The result of a run passes for one that may go on: whether it is the same run is known once
+    there is a plan.
+    """
     folder = options.output
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give a folder for --output")
-    if folder.is_dir() and not options.overwrite:
-        taken = sorted(path.name for path in folder.iterdir() if path.name != "work")
-        if taken:
-            raise ValueError(
-                f"{folder} is not empty (it holds {taken[0]}); choose another --output, or allow "
-                "--overwrite"
-            )
+    if options.overwrite or not folder.is_dir():
+        return
+    if may_go_on and find_record(folder) is not None:
+        return
+    remove_temporaries(folder)
+    taken = sorted(path.name for path in folder.iterdir() if path.name != "work")
+    if taken:
+        raise ValueError(
+            f"{folder} is not empty (it holds {taken[0]}); choose another --output, or allow "
+            "--overwrite"
+        )
 
 
 def check_apart(options: OutputOptions, source: Path) -> None:
@@ -31,30 +69,83 @@ def check_apart(options: OutputOptions, source: Path) -> None:
         raise ValueError(f"--output is {source}, the model's own folder; give another")
 
 
+def find_record(folder: Path) -> RunRecord | None:
+    """The record of an output folder, None if there is none that is whole."""
+    try:
+        return load_artifact(folder / RECORD, RunRecord)
+    except ValueError:
+        return None
+
+
+def check_same_run(options: OutputOptions, provenance: Provenance) -> RunRecord | None:
+    """The record of the output folder if it is of the same run.
+
+    Raises:
+        ValueError: If it is of another one, and --overwrite is not given.
+    """
+    record = find_record(options.output)
+    if record is None:
+        return None
+    changed = differences(record.provenance, provenance)
+    if not changed:
+        return record
+    if not options.overwrite:
+        raise ValueError(
+            f"{options.output} holds the result of another run, made from {changed}; choose "
+            "another --output, or allow --overwrite"
+        )
+    return None
+
+
+def files_left(output: Path, folder: Path, record: RunRecord) -> list[str] | None:
+    """Files of a record that are yet to be moved from ``folder``; None if one is nowhere."""
+    left = [name for name, digest in record.files.items() if not _has(output / name, digest)]
+    is_whole = all(_has(folder / name, record.files[name]) for name in left)
+    return left if is_whole else None
+
+
+def record_files(folder: Path) -> dict[str, str]:
+    """Digests of the files of a checkpoint, config.json last."""
+    paths = sorted(folder.iterdir(), key=lambda path: (path.name == "config.json", path.name))
+    return {path.name: file_digest(path) for path in paths}
+
+
 def publish(
-    options: OutputOptions,
+    output: Path,
     folder: Path,
-    written: str,
+    record: RunRecord,
     plans: Mapping[str, Allocation],
-    losses: Mapping[str, MeasuredLoss],
+    left: Sequence[str],
 ) -> None:
-    """Move the chosen checkpoint into the output folder, config.json last.
+    """Move the files that are left into the output folder, config.json last.
 
     Weights and their index that the folder held before go; other files stay.
     """
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "config.json").unlink(missing_ok=True)
-    for pattern in ("*.safetensors", "*.safetensors.index.json"):
-        for stale in options.output.glob(pattern):
-            stale.unlink()
-    chosen = sorted(folder.iterdir(), key=lambda path: path.name == "config.json")
-    save_artifact(options.output / "mxq_plan.json", plans[written])
-    facts = {name: _facts(plans[name], losses[name], name == written) for name in plans}
-    (options.output / "mxq_report.json").write_text(
-        json.dumps(facts, indent=1, allow_nan=False) + "\n"
-    )
-    for path in chosen:
-        shutil.move(path, options.output / path.name)
+    output.mkdir(parents=True, exist_ok=True)
+    remove_temporaries(output)
+    if left:
+        (output / "config.json").unlink(missing_ok=True)
+        save_artifact(output / RECORD, record)
+        for pattern in ("*.safetensors", "*.safetensors.index.json"):
+            for stale in output.glob(pattern):
+                if stale.name not in record.files:
+                    stale.unlink()
+    _write_findings(output, record, plans)
+    for name in left:
+        move_whole(folder / name, output / name)
+
+
+def _has(path: Path, digest: str) -> bool:
+    return path.is_file() and file_digest(path) == digest
+
+
+def _write_findings(output: Path, record: RunRecord, plans: Mapping[str, Allocation]) -> None:
+    save_artifact(output / "mxq_plan.json", plans[record.written])
+    facts = {
+        name: _facts(plans[name], record.losses[name], name == record.written) for name in plans
+    }
+    text = json.dumps(facts, indent=1, allow_nan=False) + "\n"
+    write_atomically(output / "mxq_report.json", text)
 
 
 def _facts(plan: Allocation, loss: MeasuredLoss, written: bool) -> dict[str, object]:

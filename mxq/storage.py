@@ -90,6 +90,11 @@ def from_text(text: str, kind: type[Artifact], name: str) -> Artifact:
     return decoded
 
 
+def digest_of(text: str) -> str:
+    """SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     write_whole(path, lambda temporary: temporary.write_text(text))
@@ -144,7 +149,7 @@ def _flush(path: Path) -> None:
 
 def _checksum(content: object) -> str:
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return digest_of(text)
 
 
 def _encode(value: object) -> Any:

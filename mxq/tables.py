@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mxq.artifacts import Allocation, BlockInfo, SensitivityTable
+from mxq.finish import QuantizeResult
 from mxq.heldout import MeasuredLoss
-from mxq.pipeline import QuantizeResult
 from mxq.profiling.activation import ActivationStats
 from mxq.scheme import Scheme
 from mxq.storage import load_artifact

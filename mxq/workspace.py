@@ -1,13 +1,19 @@
 """The work folder of a run: its settings, calibration tokens and the artifacts of its stages.
 
 A stage whose artifact is there and was made from the same model, calibration and settings is not
-run again; an artifact of other inputs is made anew, or refused by the stage that needs it.
+run again; an artifact of other inputs is made anew, which the log says with what has changed, or
+refused by the stage that needs it. One run at a time writes here.
 """
 
+import fcntl
 import hashlib
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypeVar
@@ -19,10 +25,24 @@ from torch import Tensor
 
 from mxq.artifacts import Allocation, Provenance, SensitivityTable
 from mxq.config import CalibrationOptions, MeasureOptions, ModelOptions, ResourceOptions
+from mxq.distributed import Team
 from mxq.models.activations import ActivationStore
 from mxq.models.sweep import Batches, make_batches
 from mxq.profiling.activation import ActivationStats
-from mxq.storage import load_artifact, save_artifact
+from mxq.records import Records, load_if_same
+from mxq.storage import (
+    from_text,
+    load_artifact,
+    remove_temporaries,
+    save_artifact,
+    to_text,
+    write_whole,
+)
+
+LOCK = ".mxq-lock"
+"""File that a run holds locked in its work folder; the lock ends with the process."""
+
+log = logging.getLogger("mxq")
 
 VERSIONED = ("mxq", "torch", "transformers", "safetensors")
 
@@ -56,11 +76,33 @@ class CalibrationTokens:
 class Workspace:
     """Paths in a work folder, and reading and writing what is there.
 
-    ``store`` keeps the activations of a run.
+    ``store`` keeps the activations of a run, ``team`` are its processes: the one that leads is
+    the only one to read and write here.
     """
 
     folder: Path
     store: ActivationStore = field(default_factory=ActivationStore, compare=False)
+    team: Team = field(default_factory=Team.alone, compare=False)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs out of the folder, and remove what killed ones left unfinished.
+
+        Raises:
+            ValueError: If another run is at work here.
+        """
+        if not self.team.leads:
+            yield
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / LOCK
+        descriptor = _lock(path)
+        try:
+            remove_temporaries(self.folder)
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
 
     def path(self, name: str) -> Path:
         """The file of an artifact."""
@@ -94,21 +136,32 @@ class Workspace:
         """An earlier run's artifact if it was made from the same inputs, else None."""
         if not self.path(name).is_file():
             return None
-        try:
-            artifact = load_artifact(self.path(name), kind)
-        except ValueError:
-            return None  # damaged or of an older version: the stage that asks makes it anew
-        made_from: Provenance = artifact.provenance  # type: ignore[attr-defined]
-        same = _fingerprint(made_from) == _fingerprint(provenance)
-        return artifact if same else None
+        refused: set[str] = set()
+        artifact = load_if_same(self.path(name), kind, provenance, refused)
+        for why in refused:
+            log.warning("%s: %s; it is made anew", self.path(name), why)
+        return artifact
+
+    def records(self, name: str, kind: type[Artifact], provenance: Provenance) -> Records[Artifact]:
+        """The finished parts of a stage, in a folder of their own."""
+        return Records(self.folder / name, kind, provenance)
+
+    def packed(self, plan: str) -> Path:
+        """The folder where the checkpoint of a plan is until it is published."""
+        return self.folder / f"packed-{plan}"
+
+    def remove_packed(self) -> None:
+        """Remove the checkpoints of all plans, and what was measured of them."""
+        self.path("losses").unlink(missing_ok=True)
+        for folder in self.folder.glob("packed-*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def save_tokens(self, tokens: CalibrationTokens) -> None:
         """Write the calibration tokens."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {"fit": tokens.fit_ids.contiguous(), "heldout": tokens.heldout_ids.contiguous()},
+        ids = {"fit": tokens.fit_ids.contiguous(), "heldout": tokens.heldout_ids.contiguous()}
+        write_whole(
             self.folder / "calibration.safetensors",
-            metadata={"digest": tokens.digest},
+            lambda temporary: save_file(ids, temporary, metadata={"digest": tokens.digest}),
         )
 
     def has_tokens(self, digest: str) -> bool:
@@ -131,9 +184,25 @@ class Workspace:
         return make_tokens(ids["fit"], ids["heldout"])
 
 
-def open_workspace(folder: Path, resources: ResourceOptions) -> Workspace:
+def open_workspace(folder: Path, resources: ResourceOptions, team: Team | None = None) -> Workspace:
     """A work folder that takes the activations for which the memory limit leaves no room."""
-    return Workspace(folder, ActivationStore(resources.memory_bytes, folder))
+    store = ActivationStore(resources.memory_bytes, folder)
+    return Workspace(folder, store, team or Team.alone())
+
+
+def share_calibration(
+    team: Team, make: Callable[[], tuple[CalibrationTokens, ActivationStats]]
+) -> tuple[CalibrationTokens, ActivationStats]:
+    """Tokens and profile that the leading process makes, in every process."""
+    if team.size == 1:
+        return make()
+    text, ids = "", {}
+    if team.leads:
+        tokens, profile = make()
+        text, ids = to_text(profile), {"fit": tokens.fit_ids, "heldout": tokens.heldout_ids}
+    text, ids = team.exchange_tensors(text, ids)[0]
+    profile = from_text(text, ActivationStats, "the profile of process 0")
+    return make_tokens(ids["fit"], ids["heldout"]), profile
 
 
 def make_tokens(fit_ids: Tensor, heldout_ids: Tensor) -> CalibrationTokens:
@@ -163,5 +232,32 @@ def library_versions() -> dict[str, str]:
     return found
 
 
-def _fingerprint(provenance: Provenance) -> str:
-    return json.dumps(asdict(provenance), sort_keys=True)
+def _lock(path: Path) -> int:
+    """Descriptor of the locked file.
+
+    Raises:
+        ValueError: If another process has locked it.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(descriptor, 1000).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise ValueError(
+                f"another run of mxq ({holder or 'unknown'}) is at work in {path.parent}; wait "
+                "for it to end, or give another work folder"
+            ) from error
+        if _is_at(descriptor, path):
+            os.truncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+            return descriptor
+        os.close(descriptor)  # its owner removed the file when it ended, after it was opened here
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False

@@ -5,7 +5,6 @@ and a record with the shard's digest: a run that goes on installs the weights of
 the calibration tokens through them, and so comes to the same state as the run that was stopped.
 """
 
-import hashlib
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Mapping
@@ -28,7 +27,7 @@ from mxq.models.sweep import Batches, OnProgress
 from mxq.quantizers.method import Method
 from mxq.records import Records
 from mxq.scheme import Scheme
-from mxq.storage import to_text
+from mxq.storage import digest_of, to_text
 
 log = logging.getLogger("mxq")
 
@@ -114,7 +113,7 @@ def pack(  # noqa: PLR0913  (who packs, and who watches, changes no byte)
 
 def plan_digest(allocation: Allocation) -> str:
     """Digest of everything in a plan."""
-    return hashlib.sha256(to_text(allocation).encode()).hexdigest()
+    return digest_of(to_text(allocation))
 
 
 def _known(sharing: PackSharing, writer: CheckpointWriter | None) -> dict[int, PackedLayer]:

@@ -9,7 +9,7 @@ from tiny import logits_of, save_tiny, token_ids
 from transformers import AutoModelForCausalLM
 
 import mxq
-from mxq import pipeline
+from mxq import finish, pipeline
 from mxq.artifacts import Allocation
 from mxq.heldout import MeasuredLoss
 from mxq.profiling.sensitivity import Sensitivity
@@ -216,7 +216,7 @@ def test_the_guard_writes_the_plan_that_measured_better(quantized, monkeypatch, 
             for name in folders
         }
 
-    monkeypatch.setattr(pipeline, "measure_loss", measured)
+    monkeypatch.setattr(finish, "measure_loss", measured)
     result = quantized(bits=4.6)
     assert result.written == better
     stored = load_artifact(result.folder / "mxq_plan.json", Allocation)
@@ -258,6 +258,7 @@ def test_nothing_but_the_result_is_left_in_the_folders(quantized, work):
     assert sorted(path.name for path in work.iterdir()) == [
         "allocation.json",
         "calibration.safetensors",
+        "plans.json",
         "profile.json",
         "sensitivity.json",
         "settings.json",

@@ -49,12 +49,14 @@ LEVELS = {
     "publish": 5,
     "latency": 5,
     "workspace": 4,
-    "api": 7,
-    "pipeline": 6,
-    "latency_tables": 8,
-    "tables": 7,
-    "cli": 9,
-    "__main__": 10,
+    "finish": 6,
+    "planning": 6,
+    "api": 8,
+    "pipeline": 7,
+    "latency_tables": 9,
+    "tables": 8,
+    "cli": 10,
+    "__main__": 11,
 }
 
 FILE_LINES_LIMIT = 400
