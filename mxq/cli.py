@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -22,9 +23,10 @@ from mxq.config import (
     parse_shapes,
     parse_size,
 )
-from mxq.progress import progress_display
+from mxq.distributed import PeerError, Team, team_of
+from mxq.progress import Report, progress_display
 from mxq.scheme import Scheme, parse_schemes
-from mxq.workspace import Workspace, open_workspace
+from mxq.workspace import Workspace, library_versions, open_workspace
 
 app = typer.Typer(
     help="Mixed-precision quantization of Mixture-of-Experts and dense language models.",
@@ -123,7 +125,7 @@ def quantize(
 ) -> None:
     """Quantize a model: profile, measure, allocate, pack, and measure the result."""
 
-    def run() -> None:
+    def run(team: Team) -> None:
         options = QuantizeOptions(
             ModelOptions(model, revision, scope, tuple(keep or ())),
             AllocateOptions(
@@ -146,11 +148,12 @@ def quantize(
             MeasureOptions(_schemes(schemes), sensitivity, quantizer, rotation),
             ResourceOptions(parse_size(memory), force),
         )
-        with progress_display() as report:
-            result = pipeline.run_quantize(options, report=report)
-        tables.show_result(result)
+        with _progress(team) as report:
+            result = pipeline.run_quantize(options, report=report, team=team)
+        if team.leads:
+            tables.show_result(result)
 
-    _guarded(run)
+    _shared(run)
 
 
 @app.command()
@@ -169,22 +172,19 @@ def profile(
 ) -> None:
     """Count which tokens reach which expert, by layer and domain."""
 
-    def run() -> None:
+    def run(team: Team) -> None:
         options = ModelOptions(model, revision, scope, tuple(keep or ()))
         text = _calibration(model, calibration, samples, seqlen, seed, expert_floor)
         adapter = pipeline.open_adapter(options)
-        with progress_display() as report:
+        space = open_workspace(work, ResourceOptions(parse_size(memory)), team)
+        with space.locked(), _progress(team) as report:
             _, stats = pipeline.run_profile(
-                open_workspace(work, ResourceOptions(parse_size(memory))),
-                adapter,
-                options,
-                text,
-                MeasureOptions(),
-                report=report,
+                space, adapter, options, text, MeasureOptions(), report=report
             )
-        tables.show_profile(stats)
+        if team.leads:
+            tables.show_profile(stats)
 
-    _guarded(run)
+    _shared(run)
 
 
 @app.command()
@@ -208,18 +208,19 @@ def measure(
 ) -> None:
     """Measure the loss of every block under every scheme (profiles first)."""
 
-    def run() -> None:
+    def run(team: Team) -> None:
         options = ModelOptions(model, revision, scope, tuple(keep or ()))
         text = _calibration(model, calibration, samples, seqlen, seed, expert_floor)
         measured = MeasureOptions(_schemes(schemes), sensitivity, quantizer, rotation)
         resources = ResourceOptions(parse_size(memory), force)
-        adapter, space = pipeline.open_adapter(options), open_workspace(work, resources)
-        with progress_display() as report:
+        adapter, space = pipeline.open_adapter(options), open_workspace(work, resources, team)
+        with space.locked(), _progress(team) as report:
             tokens, _ = pipeline.run_profile(space, adapter, options, text, measured, report=report)
             table = pipeline.run_measure(space, adapter, tokens, measured, report=report)
-        tables.show_sensitivity(table)
+        if team.leads:
+            tables.show_sensitivity(table)
 
-    _guarded(run)
+    _shared(run)
 
 
 @app.command()
@@ -311,15 +312,16 @@ def tune(
 def pack(work: Work, output: Output, overwrite: Overwrite = False, memory: Memory = "8GiB") -> None:
     """Write the checkpoint of the plan that a work folder holds."""
 
-    def run() -> None:
-        with progress_display() as report:
-            space = open_workspace(work, ResourceOptions(parse_size(memory)))
+    def run(team: Team) -> None:
+        with _progress(team) as report:
+            space = open_workspace(work, ResourceOptions(parse_size(memory)), team)
             result = pipeline.pack_again(
                 space, OutputOptions(output, work, overwrite), report=report
             )
-        tables.show_result(result)
+        if team.leads:
+            tables.show_result(result)
 
-    _guarded(run)
+    _shared(run)
 
 
 @app.command()
@@ -338,12 +340,43 @@ def _guarded(run: Callable[[], None]) -> None:
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of transformers
     try:
         run()
+    except typer.Exit:
+        raise
     except (ValueError, OSError, RuntimeError) as error:
         tables.show_error(str(error))
         raise typer.Exit(1) from error
     except KeyboardInterrupt:
-        tables.show_error("interrupted; the same command goes on from the last finished stage")
+        tables.show_error("interrupted; the same command goes on from the last finished layer")
         sys.exit(130)
+
+
+def _shared(run: Callable[[Team], None]) -> None:
+    """Run a command that several processes may share; one of them shows what went wrong."""
+
+    def join() -> None:
+        speaks = True
+        try:
+            with team_of(os.environ, library_versions()) as team:
+                speaks = team.leads
+                run(team)
+        except PeerError as error:
+            if not error.is_mine_to_tell:
+                raise typer.Exit(1) from error
+            raise
+        except (ValueError, OSError, RuntimeError) as error:
+            if not speaks:
+                raise typer.Exit(1) from error
+            raise
+        except KeyboardInterrupt:
+            if not speaks:
+                sys.exit(130)
+            raise
+
+    _guarded(join)
+
+
+def _progress(team: Team) -> AbstractContextManager[Report | None]:
+    return progress_display() if team.leads else nullcontext()
 
 
 def _profiles() -> Path:

@@ -38,11 +38,11 @@ SEARCH_SECONDS = 5.0
 
 
 class PeerError(RuntimeError):
-    """Another process of the run stopped or was lost; ``lost`` are the ranks that were."""
+    """Another process of the run stopped or was lost; one of those that are left tells it."""
 
-    def __init__(self, message: str, lost: Sequence[int] = ()) -> None:
+    def __init__(self, message: str, *, is_mine_to_tell: bool) -> None:
         super().__init__(message)
-        self.lost = tuple(lost)
+        self.is_mine_to_tell = is_mine_to_tell
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +91,6 @@ class Team:
     def takes(self, part: int) -> bool:
         """Whether a part of the work is this process's; parts are dealt in turn."""
         return part % self.size == self.rank
-
-    def speaks_after(self, error: PeerError) -> bool:
-        """Whether this process prints that error: one of those that are left does."""
-        return self.rank == min(r for r in range(self.size) if r not in error.lost)
 
     def from_lead(self, kind: type[Artifact], make: Callable[[], Artifact]) -> Artifact:
         """What ``make`` gives in the leading process; the others do not call it."""
@@ -155,7 +151,10 @@ class Team:
         ]
         failed = [rank for rank, header in enumerate(headers) if header[1]]
         if failed and not has_failed:
-            raise PeerError(f"process {failed[0]} of {self.size} stopped: {texts[failed[0]]}")
+            raise PeerError(
+                f"process {failed[0]} of {self.size} stopped: {texts[failed[0]]}",
+                is_mine_to_tell=self.leads,
+            )
         return texts
 
     def _call(self, collective: Callable[[], object]) -> None:
@@ -172,14 +171,16 @@ class Team:
             where = f"on {', '.join(places)} " if places else ""
             return PeerError(
                 f"the connection to the other processes {where}broke ({why}); "
-                "run the same command again to go on"
+                "run the same command again to go on",
+                is_mine_to_tell=True,
             )
         names = f"process {lost[0]}" if len(lost) == 1 else f"processes {', '.join(map(str, lost))}"
         hosts = sorted({self.members[rank].host for rank in lost})
+        left = [rank for rank in range(self.size) if rank not in lost]
         return PeerError(
             f"{names} of {self.size} on {', '.join(hosts)} was lost: killed, or out of memory; "
             "run the same command again to go on from the last finished layer",
-            lost,
+            is_mine_to_tell=self.rank == left[0],
         )
 
     def _find_lost(self, seconds: float) -> list[int]:
