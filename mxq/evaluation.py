@@ -165,7 +165,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: If it cannot be loaded; the message says why in one line.
     """
-    tokenizer: PreTrainedTokenizerBase = _loaded(AutoTokenizer.from_pretrained, name)
+    load = partial(AutoTokenizer.from_pretrained, trust_remote_code=False)
+    tokenizer: PreTrainedTokenizerBase = _loaded(load, name)
     return tokenizer
 
 
@@ -187,7 +188,8 @@ def _loaded(load: Callable[[str], Loaded], name: str) -> Loaded:
     path = _resolved(name)
     try:
         return load(path)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:
+        # transformers and the configurations' own checks share no base class for "wrong".
         where = "" if Path(path).is_dir() else " is no folder here, and from the hub it"
         reason = " ".join(str(error).split())
         raise ValueError(f"model {name!r}{where} could not be loaded: {reason}") from error

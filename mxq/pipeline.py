@@ -29,6 +29,7 @@ from mxq.models.adapter import ModelAdapter
 from mxq.models.source import open_source
 from mxq.models.sweep import make_batches
 from mxq.planning import plan, run_allocate
+from mxq.preflight import check_request, check_writable
 from mxq.profiling.activation import (
     ActivationStats,
     choose_top_up,
@@ -78,7 +79,7 @@ def run_quantize(
     if work.team.leads:
         check_output(options.output, may_go_on=choices is None)
     adapter = open_adapter(options.model)
-    check_apart(options.output, adapter.source.folder)
+    check_request(adapter, options.allocate, measured, options.output, choices)
     with work.locked():
         tokens, profile = run_profile(
             work, adapter, options.model, options.calibration, measured, data=data, report=report
@@ -124,6 +125,7 @@ def pack_again(
         found = team.from_lead(_Planned, lambda: _planned(work))
         adapter = open_adapter(found.settings.model)
         check_apart(output, adapter.source.folder)
+        check_writable(output.output)
         tokens, profile = share_calibration(
             team, lambda: _calibration_of(work, adapter, found.settings, found.table)
         )

@@ -64,9 +64,17 @@ def check_output(options: OutputOptions, *, may_go_on: bool) -> None:
 
 
 def check_apart(options: OutputOptions, source: Path) -> None:
-    """Raise ValueError if the output folder is the model's own."""
-    if options.output.resolve() == source.resolve():
-        raise ValueError(f"--output is {source}, the model's own folder; give another")
+    """Raise ValueError if the model, the output and the work folder are in each other's way."""
+    model, output, work = source.resolve(), options.output.resolve(), options.work_folder.resolve()
+    for name, folder in (("--output", output), ("--work", work)):
+        if folder == model:
+            raise ValueError(f"{name} is {source}, the model's own folder; give another")
+        if folder.is_relative_to(model):
+            raise ValueError(f"{name} {folder} is inside the model's folder; give another")
+    if output.is_relative_to(work):
+        raise ValueError(
+            f"--output {output} is inside the --work folder or the same; give one outside of it"
+        )
 
 
 def find_record(folder: Path) -> RunRecord | None:

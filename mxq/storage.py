@@ -14,11 +14,11 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
+from mxq.json_values import decode
 from mxq.scheme import Scheme
 
 STORAGE_VERSION = 1
@@ -71,8 +71,10 @@ def from_text(text: str, kind: type[Artifact], name: str) -> Artifact:
         document = json.loads(text)
         content, found = document["content"], document["kind"]
         version, checksum = document["version"], document["sha256"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{name} is not an mxq artifact: {error!r}") from error
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{name} is not an mxq artifact: {error!r}; run its stage again"
+        ) from error
     if found != kind.__name__ or version != STORAGE_VERSION:
         raise ValueError(
             f"{name} is {found} version {version}, expected {kind.__name__} version "
@@ -81,13 +83,11 @@ def from_text(text: str, kind: type[Artifact], name: str) -> Artifact:
     if checksum != _checksum(content):
         raise ValueError(f"{name} was edited or damaged: its checksum differs; run its stage again")
     try:
-        decoded = _decode(kind, content)
-    except (KeyError, TypeError, AttributeError) as error:
+        return decode(kind, content)
+    except ValueError as error:
         raise ValueError(
-            f"{name} lacks what this mxq needs ({error!r}); run its stage again"
+            f"{name} lacks what this mxq needs ({error}); run its stage again"
         ) from error
-    assert isinstance(decoded, kind)
-    return decoded
 
 
 def digest_of(text: str) -> str:
@@ -165,35 +165,4 @@ def _encode(value: object) -> Any:
         return str(value)
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": str(value)}
-    return value
-
-
-def _decode(hint: Any, value: Any) -> Any:
-    if hint is Any:
-        return value
-    if hint is Scheme:
-        return Scheme.parse(value)
-    if hint is float and isinstance(value, dict):
-        return float(value["float"])
-    if hint in (float, int, Path):
-        return hint(value)
-    if is_dataclass(hint):
-        hints = get_type_hints(hint)
-        return cast(Any, hint)(
-            **{f.name: _decode(hints[f.name], value[f.name]) for f in fields(hint)}
-        )
-    return _decode_generic(hint, value)
-
-
-def _decode_generic(hint: Any, value: Any) -> Any:
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        options = [option for option in arguments if option is not NoneType]
-        return None if value is None else _decode(options[0], value)
-    if origin is tuple:
-        if len(arguments) == 2 and arguments[1] is Ellipsis:
-            return tuple(_decode(arguments[0], item) for item in value)
-        return tuple(_decode(h, item) for h, item in zip(arguments, value, strict=True))
-    if origin is not None and issubclass(origin, Mapping):
-        return {key: _decode(arguments[1], item) for key, item in value.items()}
     return value

@@ -180,8 +180,14 @@ class Workspace:
         path = self.folder / "calibration.safetensors"
         if not path.is_file():
             raise ValueError(f"{path} does not exist; run mxq measure with this work folder first")
-        ids = load_file(path)
-        return make_tokens(ids["fit"], ids["heldout"])
+        try:
+            ids = load_file(path)
+            return make_tokens(*(_matrix_of_ids(ids[part]) for part in ("fit", "heldout")))
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise ValueError(
+                f"{path} does not hold calibration tokens ({error}); remove it and run mxq measure "
+                "again"
+            ) from error
 
 
 def open_workspace(folder: Path, resources: ResourceOptions, team: Team | None = None) -> Workspace:
@@ -212,6 +218,12 @@ def make_tokens(fit_ids: Tensor, heldout_ids: Tensor) -> CalibrationTokens:
         total.update(repr(tuple(ids.shape)).encode())
         total.update(ids.to(torch.int64).contiguous().numpy().astype("<i8").tobytes())
     return CalibrationTokens(fit_ids, heldout_ids, total.hexdigest())
+
+
+def _matrix_of_ids(ids: Tensor) -> Tensor:
+    if ids.dtype != torch.int64 or ids.dim() != 2 or ids.numel() == 0 or ids.min() < 0:
+        raise ValueError(f"found {ids.dtype} of shape {tuple(ids.shape)}, expected token ids")
+    return ids
 
 
 def make_provenance(

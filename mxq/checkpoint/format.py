@@ -4,14 +4,21 @@ The schemes are listed once and modules refer to them by position, so 36 thousan
 take some 100 kB of JSON that a person can still read.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mxq.scheme import Scheme
 
 QUANT_METHOD = "mxq"
 FORMAT_VERSION = 1
+
+FIELDS = ("quant_method", "format_version", "schemes", "linears", "experts", "rotated", "files")
+"""All fields of ``quantization_config``; another one is no part of this version."""
+
+LONGEST_SHOWN = 60
+"""Characters of a wrong value that a message quotes."""
 
 GUARD = (
     "../ - this checkpoint was quantized with mxq: run `import mxq` before from_pretrained "
@@ -71,18 +78,72 @@ class CheckpointPlan:
                 f"this checkpoint has mxq format version {version!r}, this mxq reads "
                 f"{FORMAT_VERSION}; install the mxq that wrote it"
             )
-        try:
-            schemes = [Scheme.parse(text) for text in fields["schemes"]]
-            return cls(
-                linears={path: schemes[i] for path, i in fields["linears"].items()},
-                experts={
-                    path: {name: tuple(schemes[i] for i in row) for name, row in table.items()}
-                    for path, table in fields["experts"].items()
-                },
-                rotated=frozenset(fields["rotated"]),
-                files=dict(fields["files"]),
-            )
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise ValueError(
-                f"the quantization_config of this checkpoint was edited or damaged: {error!r}"
-            ) from error
+        unknown = sorted(set(fields) - set(FIELDS))
+        if unknown:
+            raise _damaged(f"it has an unknown field {unknown[0]!r}")
+        schemes = [Scheme.parse(_text(text)) for text in _list(fields, "schemes")]
+        linears, experts = _mapping(fields, "linears"), _mapping(fields, "experts")
+        rotated = frozenset(_text(path) for path in _list(fields, "rotated"))
+        if not rotated <= linears.keys() | experts.keys():
+            raise _damaged("'rotated' names a module that has no scheme")
+        return cls(
+            linears={path: _pick(schemes, place) for path, place in linears.items()},
+            experts={
+                path: {
+                    name: tuple(_pick(schemes, place) for place in _list(table, name))
+                    for name in _mapping(experts, path)
+                }
+                for path, table in experts.items()
+            },
+            rotated=rotated,
+            files={
+                _file_name(name): _text(digest)
+                for name, digest in _mapping(fields, "files").items()
+            },
+        )
+
+
+def _mapping(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
+    found = fields.get(name)
+    if not isinstance(found, dict):
+        raise _damaged(f"{name!r} is {_shown(found)}, not an object")
+    return found
+
+
+def _list(fields: Mapping[str, Any], name: str) -> list[Any]:
+    found = fields.get(name)
+    if not isinstance(found, list):
+        raise _damaged(f"{name!r} is {_shown(found)}, not a list")
+    return found
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise _damaged(f"{_shown(value)} stands where a text is expected")
+    return value
+
+
+def _pick(schemes: Sequence[Scheme], place: object) -> Scheme:
+    # True is an integer to Python, and -1 the last place.
+    if type(place) is not int or not 0 <= place < len(schemes):
+        raise _damaged(f"{_shown(place)} is no place in its list of {len(schemes)} schemes")
+    return schemes[place]
+
+
+def _file_name(name: str) -> str:
+    if Path(name).name != name or not name.endswith(".safetensors"):
+        raise _damaged(f"{_shown(name)} is no name of a safetensors file in the folder")
+    return name
+
+
+def _shown(value: object) -> str:
+    """A value that may be long, for a message."""
+    text = repr(value)
+    return text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "..."
+
+
+def _damaged(what: str) -> ValueError:
+    return ValueError(
+        f"the quantization_config of this checkpoint was edited or damaged: {what}; copy or "
+        "download config.json again"
+    )

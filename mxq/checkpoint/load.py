@@ -4,7 +4,9 @@
 packed modules, and loads the packed tensors as they are: nothing is decoded at load.
 """
 
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +21,35 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from mxq.checkpoint.engine import prepare_kernels
 from mxq.checkpoint.format import QUANT_METHOD, CheckpointPlan
 from mxq.checkpoint.modules import MxqExperts, packed_linear
-from mxq.models.experts import is_fused_experts
+from mxq.models.experts import expert_count, is_fused_experts, projection_shapes
+from mxq.models.files import is_inside
 from mxq.models.source import file_digest
+from mxq.scheme import Scheme
+
+_CODES = {torch.int32: "I32", torch.int64: "I64", torch.float8_e4m3fn: "F8_E4M3"}
+"""How safetensors names the types of codes; other tensors may be cast when they are loaded."""
 
 
 @register_quantization_config(QUANT_METHOD)
 class MxqConfig(QuantizationConfigMixin):
     """The ``quantization_config`` of an mxq checkpoint."""
 
-    def __init__(self, **fields: Any) -> None:
-        fields.pop("quant_method", None)
+    def __init__(self, /, **fields: Any) -> None:
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # not in their enumeration
-        for name, value in fields.items():
-            setattr(self, name, value)
+        # The fields come from a file: none of them may stand in for a method of this class.
+        self.fields = {**fields, "quant_method": QUANT_METHOD}
 
     def plan(self) -> CheckpointPlan:
         """The validated fields."""
-        return CheckpointPlan.from_json(vars(self))
+        return CheckpointPlan.from_json(self.fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as they are in config.json."""
+        return deepcopy(self.fields)
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        """The same for ``dict``."""
+        yield from self.to_dict().items()
 
 
 @register_quantizer(QUANT_METHOD)
@@ -48,6 +62,8 @@ class MxqQuantizer(HfQuantizer):
         """Take the guard out of the configuration (see ``mxq.checkpoint.format.GUARD``)."""
         if getattr(config, "transformers_weights", None) is not None:
             config.transformers_weights = None
+        assert isinstance(self.quantization_config, MxqConfig)
+        check_depth(self.quantization_config.plan(), config)
         return config
 
     def _process_model_before_weight_loading(
@@ -85,6 +101,16 @@ class MxqQuantizer(HfQuantizer):
         return False
 
 
+def check_depth(plan: CheckpointPlan, config: Any) -> None:
+    """Raise ValueError if a configuration has more layers than files, before they are built."""
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if not isinstance(layers, int) or layers > len(plan.files):
+        raise ValueError(
+            f"config.json says num_hidden_layers is {layers!r}, but this checkpoint has "
+            f"{len(plan.files)} files, one for each layer and more; copy or download it again"
+        )
+
+
 def swap_modules(model: nn.Module, plan: CheckpointPlan, compute_dtype: torch.dtype) -> None:
     """Replace the modules of the plan by packed ones, on the meta device.
 
@@ -97,6 +123,7 @@ def swap_modules(model: nn.Module, plan: CheckpointPlan, compute_dtype: torch.dt
         if original is None or not is_fused_experts(original):
             raise _absent(model, f"experts {path!r}")
         rotated = path in plan.rotated
+        _check_rows(path, original, schemes)
         with torch.device("meta"):
             packed = MxqExperts(original, schemes, rotated=rotated, compute_dtype=compute_dtype)
         model.set_submodule(path, packed)
@@ -105,6 +132,7 @@ def swap_modules(model: nn.Module, plan: CheckpointPlan, compute_dtype: torch.dt
         original = modules.get(path)
         if type(original) is not nn.Linear:
             raise _absent(model, f"a linear {path!r}")
+        _check_groups(path, scheme, original.in_features)
         with torch.device("meta"):
             linear = packed_linear(
                 original, scheme, rotated=path in plan.rotated, compute_dtype=compute_dtype
@@ -130,9 +158,41 @@ def _mark_initialized(block: nn.Module) -> None:
         block._is_hf_initialized = True  # type: ignore[assignment]  # a flag of transformers
 
 
+def _check_rows(path: str, module: nn.Module, schemes: Mapping[str, tuple[Scheme, ...]]) -> None:
+    """Raise ValueError unless there is one scheme for each projection of each expert."""
+    rows = {name: len(row) for name, row in schemes.items()}
+    needed = {f"{name}_proj": expert_count(module) for name in projection_shapes(module)}
+    if rows != needed:
+        raise ValueError(
+            f"the checkpoint's plan has schemes for {rows} of {path}, but the model has {needed}: "
+            "the plan or the model in config.json was edited"
+        )
+    for name, (_, in_features) in projection_shapes(module).items():
+        for scheme in set(schemes[f"{name}_proj"]):
+            _check_groups(f"{path} {name}_proj", scheme, in_features)
+
+
+def _check_groups(path: str, scheme: Scheme, in_features: int) -> None:
+    if not scheme.fits(in_features):
+        raise ValueError(
+            f"the checkpoint's plan gives {path} the scheme {scheme}, whose groups do not divide "
+            f"its {in_features} inputs: the plan in config.json was edited"
+        )
+
+
 def check_files(plan: CheckpointPlan, paths: list[Path]) -> None:
-    """Raise ValueError unless the files are those that the plan was written with."""
+    """Raise ValueError unless the files are those that the plan was written with.
+
+    All of them lie beside config.json, whatever their index says.
+    """
     found = {path.name: path for path in paths}
+    for path in paths:
+        beside = path.parent == paths[0].parent and (path.parent / "config.json").is_file()
+        if not beside or not is_inside(path.parent, path):
+            raise ValueError(
+                f"{path} is outside of the checkpoint's folder; its index was edited: copy or "
+                "download it again"
+            )
     absent = sorted(set(plan.files) - set(found))
     foreign = sorted(set(found) - set(plan.files))
     if absent or foreign:
@@ -153,24 +213,34 @@ def check_files(plan: CheckpointPlan, paths: list[Path]) -> None:
 
 def check_tensors(model: nn.Module, paths: list[Path]) -> None:
     """Raise ValueError unless the files hold exactly the tensors that the modules declare."""
-    declared = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found: dict[str, tuple[int, ...]] = {}
-    for path in paths:
-        try:
-            with safe_open(path, "pt") as file:
-                found |= {
-                    name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())
-                }
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    declared = {
+        name: (tuple(tensor.shape), _CODES.get(tensor.dtype))
+        for name, tensor in model.state_dict().items()
+    }
+    found = {name: held for path in paths for name, held in _held_by(path).items()}
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     for name in sorted(set(declared) - set(found) - tied):
         raise ValueError(f"the checkpoint lacks {name}; it was edited, or is of another model")
-    for name, shape in sorted(found.items()):
-        if name not in declared:
-            raise ValueError(f"the checkpoint holds {name}, which its plan does not mention")
-        if declared[name] != shape:
+    for name in sorted(set(found) - set(declared)):
+        raise ValueError(f"the checkpoint holds {name}, which its plan does not mention")
+    for name, (shape, stored) in sorted(found.items()):
+        needed, code = declared[name]
+        if needed != shape:
             raise ValueError(
-                f"{name} has shape {list(shape)}, its scheme needs {list(declared[name])}: "
+                f"{name} has shape {list(shape)}, its scheme needs {list(needed)}: "
                 "the plan in config.json was edited"
             )
+        if code is not None and code != stored:
+            raise ValueError(
+                f"{name} is stored as {stored}, its scheme needs {code}: the file was edited"
+            )
+
+
+def _held_by(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and type of each tensor of a file."""
+    try:
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in list(file.keys())}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    return {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}

@@ -20,6 +20,12 @@ from mxq.storage import remove_temporaries, write_atomically, write_whole
 
 _COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja")
 _OWN = ("config.json", "model.safetensors.index.json")
+_NAMES_CODE = (
+    "auto_map",
+    *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
+    *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
+)
+"""Fields of a configuration that name code to fetch and run: not passed on."""
 
 
 class CheckpointWriter:
@@ -75,6 +81,8 @@ class CheckpointWriter:
                 if path.name not in _OWN and not path.name.startswith("mxq"):
                     _copy(path, self.folder / path.name)
         config: dict[str, Any] = json.loads((source / "config.json").read_text())
+        for field in _NAMES_CODE:
+            config.pop(field, None)
         config["quantization_config"] = plan.to_json()
         config["transformers_weights"] = GUARD
         _write_json(self.folder / "config.json", config)

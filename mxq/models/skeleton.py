@@ -25,8 +25,16 @@ EXPERTS_FUNCTION = "mxq"
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The module tree on the meta device, its experts going through mxq's experts function."""
     auto = auto_class(config)
-    with torch.device("meta"):
-        model = auto.from_config(config, dtype=dtype)
+    try:
+        with torch.device("meta"):
+            model = auto.from_config(config, dtype=dtype)
+    except Exception as error:
+        # A damaged configuration fails anywhere in the modeling code.
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"transformers cannot build a {type(config).__name__} of these sizes: {said}; "
+            "config.json is damaged, or needs another version of transformers"
+        ) from error
     # A wrapper from another file than its language part does not pass the choice down.
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and part._can_set_experts_implementation():
@@ -61,8 +69,9 @@ def auto_class(config: PreTrainedConfig) -> Any:
 
 def load_whole(model: str | Path, **options: object) -> PreTrainedModel:
     """``from_pretrained`` of the auto class that the configuration asks for."""
-    config = AutoConfig.from_pretrained(model)
-    return cast(PreTrainedModel, auto_class(config).from_pretrained(model, **options))
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    safe = {"use_safetensors": True, "trust_remote_code": False}
+    return cast(PreTrainedModel, auto_class(config).from_pretrained(model, **safe, **options))
 
 
 def find_decoder_layers(model: PreTrainedModel) -> tuple[str, tuple[nn.Module, ...]]:

@@ -6,7 +6,6 @@ loaded one bit for bit. Only the embeddings, the final norm and the head stay in
 """
 
 import hashlib
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,14 +15,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    StrictDataclassError,
-)
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -36,8 +27,24 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig, _load_parameter_into_model
 
+from mxq.models.claims import (
+    check_config,
+    check_depth,
+    check_floating,
+    check_parts,
+    check_skeleton,
+    non_persistent_buffers,
+)
 from mxq.models.decoding import DecodingSlice, Encoded, find_encoded
+from mxq.models.files import (
+    check_links,
+    checkpoint_files,
+    open_safetensors,
+    read_json,
+    resolve_folder,
+)
 from mxq.models.skeleton import build_skeleton, find_decoder_layers
+from mxq.numerics import check_finite
 
 _DTYPES = {
     "F64": torch.float64,
@@ -50,8 +57,6 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-
-_WANTED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja")
 
 
 class ModelSource:
@@ -83,9 +88,13 @@ class ModelSource:
         self._mapping = get_model_conversion_mapping(model) if converts else []
         self._digest: str | None = None
         self._keys = self._index_keys()
+        self._check_claims()
         self._fill_what_no_file_holds()
         self._load(lambda target: not target.startswith(self.layers_name + "."))
         model.tie_weights()
+        for name, parameter in model.named_parameters():
+            if not parameter.is_meta:
+                check_finite(parameter, name)
 
     def layer_path(self, layer: int) -> str:
         """Path of a decoder layer in the module tree."""
@@ -117,7 +126,7 @@ class ModelSource:
         key = self._first_key[target]
         if key in self._encoded:
             return torch.bfloat16
-        with _open_safetensors(self.folder / self.files[key]) as file:
+        with open_safetensors(self.folder / self.files[key]) as file:
             return _DTYPES[file.get_slice(key).get_dtype()]
 
     def is_stored(self, target: str) -> bool:
@@ -155,6 +164,17 @@ class ModelSource:
                     self._first_key.setdefault(filled, key)
         return dict(keys)
 
+    def _check_claims(self) -> None:
+        """Raise ValueError if the configuration describes another model than the files hold."""
+        meta = self.model.state_dict()
+        made = [tensor for name, tensor in meta.items() if name not in self._first_key]
+        held = [meta[name] for name in self._first_key]
+        check_skeleton(self.folder, held, [*made, *non_persistent_buffers(self.model)])
+        depth = len(self.layers)
+        check_depth(self.folder, self.files, self.layers_name, self.model, depth)
+        for target, keys in self._keys.items():
+            check_parts(self.folder, target, meta[target], keys)
+
     def _fill_what_no_file_holds(self) -> None:
         """Buffers and tied or absent parameters get their values as in ``from_pretrained``."""
         meta = self.model.state_dict()
@@ -189,13 +209,22 @@ class ModelSource:
     def _load_group(self, targets: Sequence[str]) -> None:
         with ExitStack() as stack:
             slices = self._slices([key for t in targets for key in self._keys[t]], stack)
+            meta = self.model.state_dict()
+            for target in (t for t in targets if meta[t].is_floating_point()):
+                for key in self._keys[target]:
+                    check_floating(self.folder, key, slices[key].get_dtype())
             config = LoadStateDictConfig(
                 dtype=self.dtype,
                 dtype_plan=self.model._get_dtype_plan(self.dtype),
                 weight_mapping=deepcopy(self._mapping),  # type: ignore[arg-type]  # theirs, as they use it
             )
             loaded, _ = convert_and_load_state_dict_in_model(self.model, slices, config)
-        problems = [*loaded.conversion_errors, *loaded.mismatched_keys, *loaded.unexpected_keys]
+        for name, found, expected in sorted(loaded.mismatched_keys):
+            raise ValueError(
+                f"{self.folder}: {name} has shape {list(found)} in the files, but "
+                f"{list(expected)} by config.json; one of them is of another model"
+            )
+        problems = [*loaded.conversion_errors, *loaded.unexpected_keys]
         if problems:
             raise ValueError(f"{self.folder}: transformers could not load {problems[:3]}")
 
@@ -204,7 +233,7 @@ class ModelSource:
         stored = [part for key in keys for part in parts.get(key, (key,))]
         opened: dict[str, Any] = {}
         for name in sorted({self.files[key] for key in stored}):
-            opened[name] = stack.enter_context(_open_safetensors(self.folder / name))
+            opened[name] = stack.enter_context(open_safetensors(self.folder / name))
         slices = {key: opened[self.files[key]].get_slice(key) for key in stored}
         for key in keys:
             if key in parts:
@@ -230,11 +259,17 @@ def open_source(
     folder = resolve_folder(model, revision=revision)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json: it is not a Hugging Face model folder")
-    files = checkpoint_files(folder)
+    check_links(folder)
+    files, fields = checkpoint_files(folder), read_json(folder / "config.json")
+    check_config(folder / "config.json", fields, files)
     try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, KeyError, ValueError, StrictDataclassError) as error:
-        raise ValueError(f"{folder}/config.json cannot be read by transformers: {error}") from error
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        # transformers and the configurations' own checks share no base class for "wrong".
+        said = " ".join(str(error).split())
+        raise ValueError(f"{folder}/config.json cannot be read by transformers: {said}") from error
+    # A folder may name kernels that transformers would fetch and run; mxq needs its own choice.
+    config._attn_implementation = config._experts_implementation = None
     encoded = find_encoded(_quantization_of(config), files, folder)
     return ModelSource(folder, build_skeleton(config, dtype), dtype, encoded=encoded)
 
@@ -248,51 +283,6 @@ def _quantization_of(config: PreTrainedConfig) -> Mapping[str, Any] | None:
     return None
 
 
-def resolve_folder(model: str | Path, *, revision: str | None = None) -> Path:
-    """Local folder of a model; a hub id is downloaded (safetensors and configuration only)."""
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path.resolve()
-    if isinstance(model, Path) or str(model).startswith((".", "/", "~")) or path.exists():
-        raise ValueError(f"{model} is not a folder; give a model folder or a hub id")
-    try:
-        return Path(snapshot_download(str(model), revision=revision, allow_patterns=list(_WANTED)))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(
-            f"{model!r} is neither a local folder nor a model that the hub gives out: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
-
-
-def checkpoint_files(folder: Path) -> dict[str, str]:
-    """``{tensor key: file name}`` of a safetensors checkpoint.
-
-    Raises:
-        ValueError: If there is none, the index is damaged, or a file is absent or truncated.
-    """
-    # transformers takes the single file first where both are there.
-    single = folder / "model.safetensors"
-    if single.is_file():
-        with _open_safetensors(single) as file:
-            return dict.fromkeys(file.keys(), single.name)
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            weight_map = dict(json.loads(index.read_text())["weight_map"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{index} is not a safetensors index: {error!r}") from error
-        for name in sorted(set(weight_map.values())):
-            if Path(name).name != name:
-                raise ValueError(f"{index} names {name!r}, which is outside the folder")
-            with _open_safetensors(folder / name):
-                pass
-        return weight_map
-    raise ValueError(
-        f"{folder} has no model.safetensors and no index; only safetensors are read "
-        "(convert other formats with save_pretrained)"
-    )
-
-
 def _siblings(target: str, pattern: str | None, converters: Sequence[Any]) -> set[str]:
     """Other parameters that a one-to-many conversion of ``target`` also fills."""
     if pattern is None:
@@ -300,15 +290,6 @@ def _siblings(target: str, pattern: str | None, converters: Sequence[Any]) -> se
     converter = next(c for c in converters if pattern in c.source_patterns)
     first, *others = converter.target_patterns
     return {target.replace(first, other) for other in others}
-
-
-def _open_safetensors(path: Path) -> Any:
-    if not path.is_file():
-        raise ValueError(f"{path} is named by the index but absent; the download is incomplete")
-    try:
-        return safe_open(path, "pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
 
 
 def file_digest(path: Path) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mxq.profiling.texts import HUB_SETS, file_texts, hub_texts
+from mxq.profiling.texts import HUB_SETS, file_texts, hub_texts, is_there, shorten
 from mxq.profiling.windows import (
     POOL_WINDOWS,
     STREAM_POOL_WINDOWS,
@@ -154,10 +154,11 @@ def _named(spec: str) -> tuple[Domain, ...]:
         return _demo()
     names = spec.split(",")
     if not all(name in HUB_SETS for name in names):
-        hint = f"; for the file of that name write file:{spec}" if Path(spec).exists() else ""
+        hint = f"; for the file of that name write file:{spec}" if is_there(Path(spec)) else ""
         raise ValueError(
-            f"calibration set {spec!r} is unknown; choose {', '.join(HUB_SETS)} (or several, "
-            f"separated by commas), demo, self, file:PATH or file:NAME=PATH,NAME=PATH{hint}"
+            f"calibration set {shorten(spec, 80)!r} is unknown; choose {', '.join(HUB_SETS)} (or "
+            "several, separated by commas), demo, self, file:PATH or file:NAME=PATH,NAME=PATH"
+            f"{hint}; in Python, texts are given as a list"
         )
     return tuple(
         Domain(
@@ -172,7 +173,7 @@ def _named(spec: str) -> tuple[Domain, ...]:
 
 def _files(listing: str) -> Iterator[tuple[str, Iterator[str]]]:
     """Name and texts of ``PATH`` or ``NAME=PATH,NAME=PATH``."""
-    if Path(listing).is_file() or "=" not in listing:
+    if is_there(Path(listing)) or "=" not in listing:
         yield Path(listing).stem, file_texts(Path(listing))
         return
     for part in listing.split(","):

@@ -16,6 +16,12 @@ from mxq.models.adapter import ModelAdapter
 from mxq.models.skeleton import load_whole
 from mxq.profiling.calibration import CalibrationSet, load_calibration
 
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt"),
+    *("spiece.model", "tekken.json", "sentencepiece.bpe.model", "merges.txt", "tiktoken.model"),
+)
+"""A folder with none of these has no tokenizer."""
+
 
 def draw_calibration(
     adapter: ModelAdapter, options: CalibrationOptions, data: object | None = None
@@ -53,8 +59,9 @@ def draw_calibration(
 def _load(
     adapter: ModelAdapter, options: CalibrationOptions, data: object | None, samples: int
 ) -> CalibrationSet:
+    spec = options.spec if data is None else data
     return load_calibration(
-        options.spec if data is None else data,  # type: ignore[arg-type]
+        spec,  # type: ignore[arg-type]  # anything that load_calibration takes
         _tokenizer(adapter.source.folder),
         samples=samples,
         seqlen=options.seqlen,
@@ -81,10 +88,23 @@ def _vocabulary(adapter: ModelAdapter) -> int:
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model folder, None if it holds none; code of the folder is not run.
+
+    Raises:
+        ValueError: If there is one that cannot be loaded.
+    """
+    if not any(path.name in _TOKENIZER_FILES for path in folder.iterdir()):
+        return None  # transformers would make up a tokenizer without any token
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError):
-        return None
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False
+        )
+    except Exception as error:
+        # The tokenizers library raises plain exceptions for a damaged file.
+        raise ValueError(
+            f"the tokenizer in {folder} cannot be loaded ({type(error).__name__}: "
+            f"{' '.join(str(error).split())}); download its files again"
+        ) from error
     return tokenizer
 
 
@@ -105,6 +125,11 @@ def _sampler(adapter: ModelAdapter) -> Callable[[int, int, torch.Generator], tor
                 out = model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             chances = out.logits[:, -1].float().softmax(-1)
+            if not chances.isfinite().all():
+                raise ValueError(
+                    f"the logits of {folder} are not finite while it writes calibration text: a "
+                    "weight is damaged or overflows; download it again, or give text of your own"
+                )
             ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)], 1)
         return ids
 

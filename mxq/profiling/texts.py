@@ -79,11 +79,11 @@ def file_texts(path: Path) -> Iterator[str]:
         ValueError: If the file is missing, empty or not UTF-8, or a line is not JSON with a text
             (that one when the line is reached).
     """
-    if not path.is_file():
-        found = "is a folder" if path.is_dir() else "does not exist"
+    if not is_there(path) or path.is_dir():
+        found = "is a folder" if is_there(path) else "does not exist"
         raise ValueError(
-            f"text file {path} {found}; give a .txt file, or a .jsonl file with a 'text' field on "
-            "each line"
+            f"text file {shorten(str(path))} {found}; give a .txt file, or a .jsonl file "
+            "with a 'text' field on each line"
         )
     try:
         content = path.read_text(encoding="utf-8")
@@ -92,6 +92,19 @@ def file_texts(path: Path) -> Iterator[str]:
     if not content.strip():
         raise ValueError(f"text file {path} is empty; give a file with text in it")
     return _json_texts(path, content) if path.suffix == ".jsonl" else iter((content,))
+
+
+def is_there(path: Path) -> bool:
+    """Whether a path exists; a text that cannot be a path at all does not."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long, or with a byte that no name has
+        return False
+
+
+def shorten(text: str, limit: int = 200) -> str:
+    """The beginning of a text that may be long, for a message."""
+    return text if len(text) <= limit else text[:limit] + "..."
 
 
 def _json_texts(path: Path, content: str) -> Iterator[str]:

@@ -96,7 +96,7 @@ def _ids(cutter: Cutter, item: str | Tensor, name: str) -> Tensor:
     if cutter.tokenizer is None:
         raise ValueError(
             f"calibration domain {name!r} is text, and text needs a tokenizer; pass the "
-            "model's tokenizer, or token ids instead of text"
+            "model's tokenizer (tokenizer.json in its folder), or token ids instead of text"
         )
     return encode(cutter.tokenizer, item)
 
