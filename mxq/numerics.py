@@ -23,6 +23,9 @@ SCALE_MIN, SCALE_MAX = 2.0**-24, 65504.0
 CLIP_RATIOS = tuple(1.0 - step * 0.03 for step in range(22))
 """Shares of a group's range that the clip search tries: 1 to 0.37."""
 
+SEARCH_WEIGHTS = 2**16
+"""Weights of each thread whose grids are searched at a time: a few copies of 256 KiB."""
+
 ROTATION_BLOCK = 128
 """Largest block of the input rotation, the size of the usual group."""
 
@@ -93,19 +96,12 @@ def search_grid(
     is the squared error weighted by ``importance_K`` [..., K] (second moments of the inputs).
     The scale is already rounded to float16.
     """
-    groups = scheme.groups(w_NK.shape[-1])
-    w_NGC = _grouped(w_NK.to(torch.float32), groups)
-    h_NGC = _grouped_importance(importance_K, w_NGC)
-    # The range includes 0, so the zero point is itself a code and fits in w_bits.
-    low_NG, high_NG = w_NGC.amin(-1).clamp(max=0.0), w_NGC.amax(-1).clamp(min=0.0)
-    best = _Best.start(*_grid(low_NG, high_NG, scheme))
-    for ratio in CLIP_RATIOS:
-        scale_NG, zero_NG = _grid(low_NG * ratio, high_NG * ratio, scheme)
-        best = best.better(*_try_grid(w_NGC, h_NGC, scale_NG, zero_NG, scheme), zero_NG)
-    for _ in range(2):
-        scale_NG = _refit_scale(w_NGC, h_NGC, best, scheme)
-        best = best.better(*_try_grid(w_NGC, h_NGC, scale_NG, best.zero_NG, scheme), best.zero_NG)
-    return best.scale_NG, best.zero_NG
+    # Rows are independent; a few at a time stay in the processor's cache over all the ratios.
+    weights = SEARCH_WEIGHTS * torch.get_num_threads()
+    rows = max(1, weights * w_NK.shape[-2] // max(w_NK.numel(), 1))
+    found = [_search_rows(part, scheme, importance_K) for part in torch.split(w_NK, rows, -2)]
+    scales, zeros = zip(*found, strict=True)
+    return torch.cat(scales, -2), torch.cat(zeros, -2)
 
 
 def quantize_fp8(w_NK: Tensor, scheme: Scheme) -> QuantizedWeight:
@@ -160,6 +156,24 @@ def unrotate(x_TK: Tensor) -> Tensor:
     matrix = _hadamard(block).to(device=x_TK.device, dtype=x_TK.dtype)
     x = torch.flatten(_grouped(x_TK, in_features // block) @ matrix, -2)
     return x * _signs(in_features).to(device=x_TK.device, dtype=x_TK.dtype)
+
+
+def _search_rows(
+    w_NK: Tensor, scheme: Scheme, importance_K: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    groups = scheme.groups(w_NK.shape[-1])
+    w_NGC = _grouped(w_NK.to(torch.float32), groups)
+    h_NGC = _grouped_importance(importance_K, w_NGC)
+    # The range includes 0, so the zero point is itself a code and fits in w_bits.
+    low_NG, high_NG = w_NGC.amin(-1).clamp(max=0.0), w_NGC.amax(-1).clamp(min=0.0)
+    best = _Best.start(*_grid(low_NG, high_NG, scheme))
+    for ratio in CLIP_RATIOS:
+        scale_NG, zero_NG = _grid(low_NG * ratio, high_NG * ratio, scheme)
+        best = best.better(*_try_grid(w_NGC, h_NGC, scale_NG, zero_NG, scheme), zero_NG)
+    for _ in range(2):
+        scale_NG = _refit_scale(w_NGC, h_NGC, best, scheme)
+        best = best.better(*_try_grid(w_NGC, h_NGC, scale_NG, best.zero_NG, scheme), best.zero_NG)
+    return best.scale_NG, best.zero_NG
 
 
 @dataclass(frozen=True, slots=True)
