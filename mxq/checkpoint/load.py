@@ -4,6 +4,7 @@
 packed modules, and loads the packed tensors as they are: nothing is decoded at load.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
@@ -77,6 +78,7 @@ class MxqQuantizer(HfQuantizer):
         plan = self.quantization_config.plan()
         paths = [Path(name) for name in checkpoint_files or ()]
         check_files(plan, paths)
+        check_class(model, plan, paths)
         swap_modules(model, plan, dtype or torch.get_default_dtype())
         check_tensors(model, paths)
         return model
@@ -121,7 +123,7 @@ def swap_modules(model: nn.Module, plan: CheckpointPlan, compute_dtype: torch.dt
     for path, schemes in plan.experts.items():
         original = modules.get(path)
         if original is None or not is_fused_experts(original):
-            raise _absent(model, f"experts {path!r}")
+            raise ValueError(f"the checkpoint's plan names experts {path!r}, absent in this model")
         rotated = path in plan.rotated
         _check_rows(path, original, schemes)
         with torch.device("meta"):
@@ -131,7 +133,7 @@ def swap_modules(model: nn.Module, plan: CheckpointPlan, compute_dtype: torch.dt
     for path, scheme in plan.linears.items():
         original = modules.get(path)
         if type(original) is not nn.Linear:
-            raise _absent(model, f"a linear {path!r}")
+            raise ValueError(f"the checkpoint's plan names a linear {path!r}, absent in this model")
         _check_groups(path, scheme, original.in_features)
         with torch.device("meta"):
             linear = packed_linear(
@@ -140,16 +142,23 @@ def swap_modules(model: nn.Module, plan: CheckpointPlan, compute_dtype: torch.dt
         model.set_submodule(path, linear)
 
 
-def _absent(model: nn.Module, what: str) -> ValueError:
-    """Says which class to load with, where the files were written by another one."""
-    text = f"the checkpoint's plan names {what}, absent in this model"
-    written_by = getattr(getattr(model, "config", None), "architectures", None) or ()
-    if written_by and type(model).__name__ not in written_by:
-        text += (
-            f" ({type(model).__name__}); load it with {written_by[0]}, or with the auto class that "
-            "has it, such as AutoModelForImageTextToText"
+def check_class(model: nn.Module, plan: CheckpointPlan, paths: list[Path]) -> None:
+    """Raise ValueError if the model lacks what is packed, being of another class than the files.
+
+    transformers has several classes for some configurations, such as a language model alone.
+    """
+    inside = {name for name, _ in model.named_modules()}
+    absent = next((path for path in (*plan.experts, *plan.linears) if path not in inside), None)
+    if absent is None or not paths:
+        return
+    config = json.loads((paths[0].parent / "config.json").read_text())
+    written_by = config.get("architectures") or [type(model).__name__]
+    if type(model).__name__ not in written_by:
+        raise ValueError(
+            f"the checkpoint is of a {written_by[0]}; {type(model).__name__} has no {absent!r}: "
+            f"load it with {written_by[0]}, or with an auto class that gives one, such as "
+            "AutoModelForImageTextToText"
         )
-    return ValueError(text)
 
 
 def _mark_initialized(block: nn.Module) -> None:
