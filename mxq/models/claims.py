@@ -96,7 +96,7 @@ def check_depth(
 
 def check_parts(folder: Path, target: str, tensor: Tensor, keys: Sequence[str]) -> None:
     """Raise ValueError if a fused parameter [E, ...] is stored by expert, and not for each of E."""
-    counts = Counter(re.sub(r"\d+", "#", key) for key in keys)
+    counts = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "#", key) for key in keys)  # not the 1 of w1
     for pattern, count in counts.items():
         if max(counts.values()) > 1 and count != tensor.shape[0]:
             raise ValueError(
