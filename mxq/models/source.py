@@ -84,7 +84,7 @@ class ModelSource:
         self.dtype = dtype
         self.files = checkpoint_files(folder)
         self.layers_name, self.layers = find_decoder_layers(model)
-        self._encoded = encoded or {}
+        self._encoded, self._converts = encoded or {}, converts
         self._mapping = get_model_conversion_mapping(model) if converts else []
         self._digest: str | None = None
         self._keys = self._index_keys()
@@ -239,7 +239,7 @@ class ModelSource:
             if key in parts:
                 halves = tuple(slices[part] for part in parts[key])
                 slices[key] = DecodingSlice(key, self._encoded[key], halves)
-            elif slices[key].get_dtype() not in _DTYPES:
+            elif self._converts and slices[key].get_dtype() not in _DTYPES:
                 raise ValueError(
                     f"{self.folder} holds {key} as {slices[key].get_dtype()} without scales that "
                     "mxq can read; give the original model"
