@@ -26,6 +26,9 @@ CLIP_RATIOS = tuple(1.0 - step * 0.03 for step in range(22))
 SEARCH_WEIGHTS = 2**16
 """Weights of each thread whose grids are searched at a time: a few copies of 256 KiB."""
 
+CHECKED_ROWS = 4096
+"""Rows of a tensor that are looked at together for values that are not finite."""
+
 ROTATION_BLOCK = 128
 """Largest block of the input rotation, the size of the usual group."""
 
@@ -72,12 +75,17 @@ def check_groups(in_features: int, scheme: Scheme, name: str = "the weight") -> 
 
 def check_finite(tensor: Tensor, name: str) -> None:
     """Raise ValueError if a value is NaN or infinite, naming where it is."""
-    if not torch.isfinite(tensor).all():
+    # In parts: a mask of all of it would take a quarter of its memory again.
+    if not all(bool(torch.isfinite(part).all()) for part in _row_parts(tensor)):
         bad = int((~torch.isfinite(tensor)).sum())
         raise ValueError(
             f"{name}: {bad} of {tensor.numel()} values are NaN or infinite; "
             "the model or the calibration text is damaged, or the model needs bfloat16 or float32"
         )
+
+
+def _row_parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(tensor if tensor.dim() else tensor[None], CHECKED_ROWS)
 
 
 def round_to_grid(w_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor, scheme: Scheme) -> Tensor:

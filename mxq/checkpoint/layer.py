@@ -204,7 +204,9 @@ def _quantize_site(
     """Quantize parts of a site; experts without tokens are added to ``unrouted``."""
     module = job.adapter.module(inputs.site)
     if not is_fused_experts(module):
-        yield from _quantize_probes(job, layer, [linear_probe(module, inputs)], None)
+        yield from _quantize_probes(
+            job, layer, [linear_probe(module, inputs, with_output=False)], None
+        )
         return
     fit = inputs.x_TK[: job.fit_tokens]
     prior_KK = second_moments(fit, torch.ones(len(fit)))

@@ -150,14 +150,23 @@ def _site_inputs(
     )
 
 
-def linear_probe(module: nn.Module, inputs: SiteInputs, *, max_tokens: int | None = None) -> Probe:
-    """The probe of a plain linear: every token passes."""
+def linear_probe(
+    module: nn.Module,
+    inputs: SiteInputs,
+    *,
+    max_tokens: int | None = None,
+    with_output: bool = True,
+) -> Probe:
+    """The probe of a plain linear: every token passes.
+
+    Without its output ``z_TN`` has no rows: for all tokens it would be as large as the input.
+    """
     rows = _thin(torch.arange(len(inputs.x_TK)), max_tokens)
     x_TK = inputs.rows(rows)
     return Probe(
         block=inputs.site,
         x_TK=x_TK,
-        z_TN=module(x_TK).detach(),
+        z_TN=module(x_TK if with_output else x_TK[:0]).detach(),
         bias_N=cast(Tensor | None, module.bias),
         gate_T=torch.ones(len(rows)),
         grad_TN=inputs.grads(rows),

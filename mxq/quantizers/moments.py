@@ -5,6 +5,9 @@ from torch import Tensor
 
 from mxq.numerics import rotate
 
+CHUNK_TOKENS = 8192
+"""Tokens whose weighted copy exists at a time."""
+
 PRIOR_TOKENS_PER_INPUT = 0.125
 """Weight of the prior in the shrinkage, in tokens for each input feature."""
 
@@ -14,11 +17,14 @@ def second_moments(x_TK: Tensor, weight_T: Tensor) -> Tensor:
 
     Zeros where there is no token.
     """
-    x = x_TK.to(torch.float32)
     total = weight_T.sum()
-    if len(x) == 0 or total <= 0:
-        return torch.zeros(x.shape[1], x.shape[1])
-    return (x * weight_T[:, None]).T @ x / total
+    moments_KK = torch.zeros(x_TK.shape[1], x_TK.shape[1])
+    if len(x_TK) == 0 or total <= 0:
+        return moments_KK
+    for start in range(0, len(x_TK), CHUNK_TOKENS):
+        x = x_TK[start : start + CHUNK_TOKENS].to(torch.float32)
+        moments_KK += (x * weight_T[start : start + CHUNK_TOKENS, None]).T @ x
+    return moments_KK / total
 
 
 def shrink(hessian_KK: Tensor, tokens: int, prior_KK: Tensor) -> Tensor:
