@@ -4,6 +4,7 @@ A file may come from anyone, so a value of another type is refused and never con
 written as 3.7 is not 3, and a text is no list of letters.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -29,12 +30,22 @@ def decode(hint: type[Decoded], value: object) -> Decoded:
 
 def _decode(hint: Any, value: Any, place: str) -> Any:
     if hint is Any:
+        _check_finite(value, place)
         return value
     if hint in _PLAIN:
         return _PLAIN[hint](value, place)
     if is_dataclass(hint):
         return _decode_dataclass(hint, value, place)
     return _decode_generic(hint, value, place)
+
+
+def _check_finite(value: object, place: str) -> None:
+    """Raise ValueError for a number that JSON has no form for, anywhere in a value."""
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_finite(item, place)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{place} holds {value}, expected a finite number")
 
 
 def _decode_dataclass(hint: Any, value: Any, place: str) -> Any:

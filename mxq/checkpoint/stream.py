@@ -21,7 +21,7 @@ def open_packed(folder: Path, dtype: torch.dtype) -> ModelSource:
     Raises:
         ValueError: If the folder is not such a checkpoint, or a file is absent or was changed.
     """
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     packed = getattr(config, "quantization_config", None)
     if not isinstance(packed, dict) or packed.get("quant_method") != "mxq":
         raise ValueError(f"{folder} is not a checkpoint of mxq")

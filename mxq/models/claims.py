@@ -41,6 +41,9 @@ def check_config(path: Path, fields: Mapping[str, Any], keys: Iterable[str]) -> 
             f"transformers {transformers_version} does not know; install a version that does (mxq "
             "runs no code of a checkpoint)"
         )
+    named = fields.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise ValueError(f"{path} says architectures is {named!r}, expected a list of names")
     held = max(LEAST_COUNT, 4 * _longest_list(keys))
     for name, number in _integers(fields):
         limit = LARGEST_SIZE if _SIZE.search(name) else None

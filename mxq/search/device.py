@@ -88,7 +88,7 @@ def load_device(name_or_path: str | Path) -> Device:
         raise ValueError(f"no device {text!r}; choose one of {menu}, or give a JSON file")
     try:
         return _device(json.loads(path.read_text()))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ValueError(
             f"{path} is not a device file ({type(error).__name__}: {error}); "
             "compare it with mxq/search/devices/h200.json"

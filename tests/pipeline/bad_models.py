@@ -160,6 +160,12 @@ FOLDERS: Mapping[str, Case] = {
         ("tokenizer.json", "link", "outside"),
         mistake=damage.link_outside("model/tokenizer.json"),
     ),
+    "a snapshot of the hub, all of links": Case(
+        ("Written to",),
+        RUN.replace("{model}", "{root}/hub/snapshots/1f"),
+        damage.snapshot_of_the_hub,
+        status=0,
+    ),
     "no config": Case(
         ("has no config.json: it is not a Hugging Face model folder",),
         mistake=damage.remove("model/config.json"),

@@ -225,3 +225,12 @@ def silent_layer(place):
     """A layer whose blocks see zeros alone."""
     name = "model.layers.1.post_attention_layernorm.weight"
     tensor(name, torch.zeros_like)(place)
+
+
+def snapshot_of_the_hub(place):
+    """The model as the hub's cache holds it: links from a snapshot to the blobs beside it."""
+    blobs, snapshot = place.root / "hub" / "blobs", place.root / "hub" / "snapshots" / "1f"
+    shutil.copytree(place.model, blobs)
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(Path("..") / ".." / "blobs" / path.name)
