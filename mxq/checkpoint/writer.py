@@ -80,9 +80,7 @@ class CheckpointWriter:
             for path in sorted(source.glob(pattern)):
                 if path.name not in _OWN and not path.name.startswith("mxq"):
                     _copy(path, self.folder / path.name)
-        config: dict[str, Any] = json.loads((source / "config.json").read_text())
-        for field in _NAMES_CODE:
-            config.pop(field, None)
+        config = _read_config(source)
         config["quantization_config"] = plan.to_json()
         config["transformers_weights"] = GUARD
         _write_json(self.folder / "config.json", config)
@@ -102,6 +100,17 @@ def _lengths(path: Path) -> dict[str, int]:
     return {
         key: entry["data_offsets"][1] - entry["data_offsets"][0] for key, entry in header.items()
     }
+
+
+def _read_config(source: Path) -> dict[str, Any]:
+    """The configuration of a source without what is not true of its checkpoint."""
+    config: dict[str, Any] = json.loads((source / "config.json").read_text())
+    for field in _NAMES_CODE:
+        config.pop(field, None)
+    for part in config.values():
+        if isinstance(part, dict):  # a language part may say how its source was quantized
+            part.pop("quantization_config", None)
+    return config
 
 
 def _copy(path: Path, target: Path) -> None:

@@ -289,7 +289,7 @@ class ModelAdapter:
             "outside the decoder layers (embedding, head)": not inside,
             "router": is_router(path),
             "of images or sound": _sees_or_hears(self._relative(path)),
-            "expert bias": name.endswith("_bias"),
+            "expert bias": is_fused_experts(module) and name.endswith("_bias"),
             "convolution": isinstance(module, _CONVOLUTIONS),
             f"outside the scope {self.scope!r}": _is_plain(module),
             "beside the experts, no linear": inside and self._is_beside_experts(path),

@@ -97,14 +97,14 @@ def check_depth(
             )
 
 
-def check_parts(folder: Path, target: str, tensor: Tensor, keys: Sequence[str]) -> None:
-    """Raise ValueError if a fused parameter [E, ...] is stored by expert, and not for each of E."""
+def check_parts(folder: Path, target: str, experts: int, keys: Sequence[str]) -> None:
+    """Raise ValueError if fused experts are stored one by one, and not each of them."""
     counts = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "#", key) for key in keys)  # not the 1 of w1
     for pattern, count in counts.items():
-        if max(counts.values()) > 1 and count != tensor.shape[0]:
+        if max(counts.values()) > 1 and count != experts:
             raise ValueError(
                 f"{folder}: {target} is made from {count} tensors {pattern} in the files, but "
-                f"config.json needs {tensor.shape[0]}; the checkpoint is incomplete, or its "
+                f"config.json needs {experts}; the checkpoint is incomplete, or its "
                 "config.json is of another model"
             )
 

@@ -6,7 +6,7 @@ loaded one bit for bit. Only the embeddings, the final norm and the head stay in
 """
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -172,8 +172,11 @@ class ModelSource:
         check_skeleton(self.folder, held, [*made, *non_persistent_buffers(self.model)])
         depth = len(self.layers)
         check_depth(self.folder, self.files, self.layers_name, self.model, depth)
+        rows: Counter[str] = Counter()  # one list of keys may fill several parameters
+        for target, key in self._first_key.items():
+            rows[key] += meta[target].shape[0] if meta[target].dim() > 0 else 1
         for target, keys in self._keys.items():
-            check_parts(self.folder, target, meta[target], keys)
+            check_parts(self.folder, target, rows[keys[0]], keys)
 
     def _fill_what_no_file_holds(self) -> None:
         """Buffers and tied or absent parameters get their values as in ``from_pretrained``."""

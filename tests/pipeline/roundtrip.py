@@ -3,7 +3,7 @@
 The tests and ``scripts/list_architectures.py``, which writes docs/architectures.md, run this code.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +36,8 @@ class RoundTrip:
 
     ``refusal`` is the first line that mxq stops with, None if it does not; all that follows is of a
     type that passes. Counts of blocks are those of ``--scope all``, or of the default where the
-    name says so; ``branches_by_default`` are the children of a layer that linears come from then.
+    name says so; branches are children of a layer, those whose linears the default takes and those
+    whose linears it leaves out.
     ``difference`` is the largest between the logits of the loaded checkpoint and those of the
     original with the decoded weights in place, ``effect`` that between the latter and the untouched
     original. ``outside_unchanged`` says that embeddings, head and the towers for images and sound
@@ -48,6 +49,7 @@ class RoundTrip:
     experts: int = 0
     experts_by_default: int = 0
     branches_by_default: frozenset[str] = frozenset()
+    branches_left_out: frozenset[str] = frozenset()
     linears: int = 0
     layout: str = ""
     kept: tuple[str, ...] = ()
@@ -106,7 +108,8 @@ def round_trip(model_type: str, folder: Path) -> RoundTrip:
         model_type=model_type,
         experts=experts,
         experts_by_default=sum(block.expert is not None for block in by_default),
-        branches_by_default=frozenset(b.name.split(".")[2] for b in by_default if b.expert is None),
+        branches_by_default=branches(by_default),
+        branches_left_out=branches([b for b in adapter.blocks() if b not in by_default]),
         linears=len(adapter.blocks()) - experts,
         layout=layout_of(model),
         kept=tuple(sorted(set(adapter.coverage.kept.values()) - EVERYWHERE)),
@@ -114,6 +117,11 @@ def round_trip(model_type: str, folder: Path) -> RoundTrip:
         effect=float((expected - before).abs().max()),
         outside_unchanged=unchanged,
     )
+
+
+def branches(blocks: Sequence[LinearBlock]) -> frozenset[str]:
+    """The children of decoder layers that linears are in."""
+    return frozenset(block.name.split(".")[2] for block in blocks if block.expert is None)
 
 
 def _ids(samples: int, *, seed: int) -> torch.Tensor:

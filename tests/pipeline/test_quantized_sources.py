@@ -6,10 +6,11 @@ from shutil import copytree
 
 import pytest
 import torch
+from architectures import tiny_model
 from checkpoints import edit_config, plan_of, tensors_of, write_checkpoint
 from safetensors.torch import load_file, save_file
 from tiny import logits_of, save_tiny, token_ids
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from mxq.models.decoding import decode_fp8, decode_mxfp4
@@ -140,6 +141,31 @@ def test_a_checkpoint_of_an_fp8_source_loads_and_keeps_the_rest_in_bf16(fp8, tmp
     assert "weight_block_size" not in json.dumps(config)
     model = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32).eval()
     assert logits_of(model, token_ids(1, 8)).isfinite().all()
+
+
+def test_a_quantized_language_part_of_a_model_that_sees_is_decoded(tmp_path):
+    source = tmp_path / "source"
+    tiny_model("kimi_k25").to(torch.bfloat16).save_pretrained(source)
+    values = {}
+
+    def coded(name, tensor):
+        if not (is_fp8(name) and "language_model" in name):
+            return {name: tensor}
+        codes, scales, values[name] = encode_fp8(tensor.float(), FP8_BLOCK)
+        return {name: codes, f"{name}_scale_inv": scales}
+
+    rewrite(source, coded, None)
+    quantization = {"quant_method": "fp8", "weight_block_size": list(FP8_BLOCK)}
+    edit_config(source, lambda c: c["text_config"].update(quantization_config=quantization))
+    packed = write_checkpoint(source, tmp_path / "packed")
+    config = json.loads((packed / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "mxq"
+    assert "quantization_config" not in config["text_config"]
+    name = next(name for name in values if name.endswith("0.self_attn.o_proj.weight"))
+    kept = AutoModelForImageTextToText.from_pretrained(packed).get_submodule(
+        "model.language_model.layers.0.self_attn.o_proj"
+    )
+    assert torch.equal(kept.weight, values[name].to(torch.bfloat16))
 
 
 def test_layers_of_a_quantized_source_are_decoded_one_at_a_time(mxfp4):
