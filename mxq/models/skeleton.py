@@ -27,7 +27,7 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedMo
     auto = auto_class(config)
     try:
         with torch.device("meta"):
-            model = auto.from_config(config, dtype=dtype)
+            model = auto.from_config(config, dtype=dtype, trust_remote_code=False)
     except Exception as error:
         # A damaged configuration fails anywhere in the modeling code.
         said = " ".join(str(error).split())
@@ -70,8 +70,9 @@ def auto_class(config: PreTrainedConfig) -> Any:
 def load_whole(model: str | Path, **options: object) -> PreTrainedModel:
     """``from_pretrained`` of the auto class that the configuration asks for."""
     config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-    safe = {"use_safetensors": True, "trust_remote_code": False}
-    return cast(PreTrainedModel, auto_class(config).from_pretrained(model, **safe, **options))
+    auto = auto_class(config)
+    whole = auto.from_pretrained(model, use_safetensors=True, trust_remote_code=False, **options)
+    return cast(PreTrainedModel, whole)
 
 
 def find_decoder_layers(model: PreTrainedModel) -> tuple[str, tuple[nn.Module, ...]]:
