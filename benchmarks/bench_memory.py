@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -26,7 +27,22 @@ from typing import Any
 import psutil
 import torch
 from safetensors.torch import save_file
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
+
+from mxq.config import (
+    AllocateOptions,
+    CalibrationOptions,
+    MeasureOptions,
+    ModelOptions,
+    OutputOptions,
+    QuantizeOptions,
+    ResourceOptions,
+    parse_size,
+)
+from mxq.machine import Machine
+from mxq.pipeline import run_quantize
+from mxq.resources import Needs
+from mxq.scheme import parse_schemes
 
 RESULTS = Path(__file__).parent / "results"
 SAMPLE_SECONDS = 0.1
@@ -92,14 +108,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kind", choices=sorted(KINDS), default="moe")
     parser.add_argument("--gb", type=float, default=16.0, help="weights in 10^9 bytes of bf16")
-    numbers = {"layers": 40, "samples": 8, "seqlen": 256, "vocabulary": 32000, "seed": 0}
+    numbers = {"layers": 40, "samples": 4, "seqlen": 128, "vocabulary": 32000, "seed": 0}
     for name, number in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=number)
-    parser.add_argument("--bits", type=float, default=3.25)
+    parser.add_argument("--bits", type=float, default=6.0)
     parser.add_argument("--quantizer", default="rtn")
-    parser.add_argument("--schemes", default="w2a16_g128_asym,w4a16_g128_asym")
+    parser.add_argument("--schemes", default="w4a16_g128_asym,fp8")
     parser.add_argument("--sensitivity", default="fisher")
-    parser.add_argument("--memory", default="256MiB", help="limit of activations in memory")
+    parser.add_argument("--memory", default="64MiB", help="limit of activations in memory")
     parser.add_argument("--rotation", default="off", help="auto tries every layer both ways")
     parser.add_argument("--guard", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--folder", type=Path, default=None, help="where there is room")
@@ -139,7 +155,7 @@ def run(case: Case, room: Path) -> dict[str, Any]:
     }
 
 
-def make_config(case: Case) -> Any:
+def make_config(case: Case) -> PreTrainedConfig:
     """A configuration whose decoder layers and embeddings come to the size asked for."""
     family, fields = KINDS[case.kind]
     fixed = {
@@ -159,7 +175,7 @@ def make_config(case: Case) -> Any:
     return CONFIG_MAPPING[family](**fixed, intermediate_size=max(128, round(inner / 128) * 128))
 
 
-def write_checkpoint(config: Any, case: Case, folder: Path) -> int:
+def write_checkpoint(config: PreTrainedConfig, case: Case, folder: Path) -> int:
     """Write random weights of a layer at a time, under the names of the hub; bytes in all."""
     folder.mkdir(parents=True)
     with torch.device("meta"):
@@ -224,12 +240,17 @@ def watch_child(case: Case, room: Path) -> dict[str, Any]:
         text=True,
     )
     outcome: dict[str, Any] = {}
+    stated: dict[str, Any] = {}
     sampler = Sampler(child.pid, room)
     assert child.stdout is not None
     for line in child.stdout:
         event = json.loads(line) if line.startswith("{") else {"text": line.rstrip()}
         if "text" in event:
             print(event["text"], flush=True)
+            continue
+        if "stated" in event:
+            stated = event
+            print(f"stated: {json.dumps(event)}", flush=True)
             continue
         if "outcome" in event:
             outcome = event["outcome"]
@@ -241,6 +262,9 @@ def watch_child(case: Case, room: Path) -> dict[str, Any]:
     return {
         "seconds": round(time.monotonic() - started, 1),
         "stages": stages,
+        **stated,
+        "stated_disk_bytes": sum(stated["stated"]["disk_bytes"].values()),
+        "stated_memory_bytes": sum(stated["stated"]["memory_bytes"].values()),
         "measured_disk_bytes": free - least_free,
         "outcome": outcome,
     }
@@ -251,7 +275,8 @@ class Sampler:
 
     def __init__(self, pid: int, room: Path) -> None:
         self.process, self.room = psutil.Process(pid), room
-        self.stages: list[dict[str, Any]] = []
+        self.stage, self.peaks = "", dict[str, int]()
+        self.seconds: dict[str, float] = defaultdict(float)
         self.least_free = shutil.disk_usage(room).free
         self.enter("start")
         self._ended = threading.Event()
@@ -259,35 +284,38 @@ class Sampler:
         self._thread.start()
 
     def enter(self, stage: str) -> None:
-        """A new stage begins; one that was there before goes on."""
-        if not self.stages or self.stages[-1]["stage"] != stage:
-            self.stages.append(
-                {"stage": stage, "started": time.monotonic(), "seconds": 0.0, "peak_rss_bytes": 0}
-            )
+        """A stage begins, or goes on where it was left."""
+        if stage != self.stage:
+            self.stage = stage
+            self.peaks.setdefault(stage, 0)
+            print(f"{time.strftime('%H:%M:%S')} {stage}", flush=True)
 
     def stop(self) -> tuple[list[dict[str, Any]], int]:
         """Peaks by stage, and the least free disk seen."""
         self._ended.set()
         self._thread.join()
-        found = [{k: v for k, v in stage.items() if k != "started"} for stage in self.stages]
+        found = [
+            {"stage": name, "seconds": round(self.seconds[name], 1), "peak_rss_bytes": peak}
+            for name, peak in self.peaks.items()
+        ]
         return found, self.least_free
 
     def _sample(self) -> None:
+        last = time.monotonic()
         while not self._ended.wait(SAMPLE_SECONDS):
             try:
                 resident = self.process.memory_info().rss
             except psutil.NoSuchProcess:
                 return
-            stage = self.stages[-1]
-            stage["peak_rss_bytes"] = max(stage["peak_rss_bytes"], resident)
-            stage["seconds"] = round(time.monotonic() - stage["started"], 1)
+            self.peaks[self.stage] = max(self.peaks[self.stage], resident)
+            now = time.monotonic()
+            self.seconds[self.stage] += now - last
+            last = now
             self.least_free = min(self.least_free, shutil.disk_usage(self.room).free)
 
 
 def child(request: Mapping[str, Any]) -> None:
     """In the child process: quantize, and tell the parent of every stage."""
-    import mxq
-
     room = Path(request["room"])
     rows = int(request["samples"]) * 9 // 8 + 1
     generator = torch.Generator().manual_seed(int(request["seed"]))
@@ -296,22 +324,23 @@ def child(request: Mapping[str, Any]) -> None:
     def report(stage: str, step: str, done: int, total: int) -> None:
         print(json.dumps({"stage": f"{stage}: {step}"}), flush=True)
 
-    result = mxq.quantize(
-        str(room / "model"),
-        output=room / "out",
-        bits=request["bits"],
-        calibration=ids,
-        schemes=request["schemes"],
-        samples=request["samples"],
-        seqlen=request["seqlen"],
-        expert_floor=0,
-        sensitivity=request["sensitivity"],
-        quantizer=request["quantizer"],
-        rotation=request["rotation"],
-        guard=request["guard"],
-        memory=request["memory"],
-        progress=report,
+    def announce(needs: Needs, found: Machine) -> None:
+        print(json.dumps({"stated": asdict(needs), "free": asdict(found)}), flush=True)
+
+    options = QuantizeOptions(
+        ModelOptions(str(room / "model")),
+        AllocateOptions(bits=request["bits"]),
+        OutputOptions(room / "out", guard=request["guard"]),
+        CalibrationOptions("random ids", request["samples"], request["seqlen"], expert_floor=0),
+        MeasureOptions(
+            parse_schemes(request["schemes"]),
+            request["sensitivity"],
+            request["quantizer"],
+            request["rotation"],
+        ),
+        ResourceOptions(parse_size(request["memory"])),
     )
+    result = run_quantize(options, data=ids, report=report, announce=announce)
     outcome = {
         "written": result.written,
         "bits": {name: plan.bits_per_weight for name, plan in result.plans.items()},

@@ -25,6 +25,7 @@ from mxq.config import (
 )
 from mxq.distributed import PeerError, Team, team_of
 from mxq.progress import Report, progress_display
+from mxq.resources import check_measure
 from mxq.scheme import Scheme, parse_schemes
 from mxq.workspace import Workspace, library_versions, open_workspace
 
@@ -149,7 +150,9 @@ def quantize(
             ResourceOptions(parse_size(memory), force),
         )
         with _progress(team) as report:
-            result = pipeline.run_quantize(options, report=report, team=team)
+            result = pipeline.run_quantize(
+                options, report=report, team=team, announce=tables.show_needs
+            )
         if team.leads:
             tables.show_result(result)
 
@@ -214,6 +217,8 @@ def measure(
         measured = MeasureOptions(_schemes(schemes), sensitivity, quantizer, rotation)
         resources = ResourceOptions(parse_size(memory), force)
         adapter, space = pipeline.open_adapter(options), open_workspace(work, resources, team)
+        announce = tables.show_needs if team.leads else None
+        check_measure(adapter, text, measured, resources, work, announce)
         with space.locked(), _progress(team) as report:
             tokens, _ = pipeline.run_profile(space, adapter, options, text, measured, report=report)
             table = pipeline.run_measure(space, adapter, tokens, measured, report=report)

@@ -42,6 +42,7 @@ from mxq.profiling.losses import LayerLosses, MeasureSettings
 from mxq.profiling.measure import Sharing, measure
 from mxq.progress import Report
 from mxq.publish import check_apart, check_output
+from mxq.resources import Announce, check_quantize
 from mxq.search.allocate import check_solved_on
 from mxq.workspace import (
     CalibrationTokens,
@@ -64,10 +65,12 @@ def run_quantize(
     choices: Choices | None = None,
     report: Report | None = None,
     team: Team | None = None,
+    announce: Announce | None = None,
 ) -> QuantizeResult:
     """Quantize a model and write a checkpoint that ``from_pretrained`` loads.
 
-    ``data`` replaces the calibration named in the options. A run that was stopped goes on with
+    ``data`` replaces the calibration named in the options, ``announce`` is told what the run will
+    need. A run that was stopped goes on with
     what is in its work folder, one that has ended returns at once.
 
     Raises:
@@ -80,6 +83,7 @@ def run_quantize(
         check_output(options.output, may_go_on=choices is None)
     adapter = open_adapter(options.model)
     check_request(adapter, options.allocate, measured, options.output, choices)
+    check_quantize(adapter, options, measured, choices, announce if work.team.leads else None)
     with work.locked():
         tokens, profile = run_profile(
             work, adapter, options.model, options.calibration, measured, data=data, report=report

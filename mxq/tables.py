@@ -10,7 +10,9 @@ from rich.table import Table
 from mxq.artifacts import Allocation, BlockInfo, SensitivityTable
 from mxq.finish import QuantizeResult
 from mxq.heldout import MeasuredLoss
+from mxq.machine import Machine
 from mxq.profiling.activation import ActivationStats
+from mxq.resources import Needs, about, gib
 from mxq.scheme import Scheme
 from mxq.storage import load_artifact
 from mxq.workspace import Workspace
@@ -223,6 +225,28 @@ def show_folder(folder: Path) -> None:
             show_allocation(space.allocation(), space.sensitivity().blocks)
 
 
+def show_needs(needs: Needs, found: Machine) -> None:
+    """What a run will take of the machine, beside what is free; on the error stream, as progress."""
+    table = Table(title="This run will need")
+    for column in ("", "for", "about", "free"):
+        table.add_column(column, justify="right" if column in ("about", "free") else "left")
+    for kind, parts, free in (
+        ("memory", needs.memory_bytes, found.memory_bytes),
+        ("disk", needs.disk_bytes, found.disk_bytes),
+    ):
+        for name, count in parts.items():
+            table.add_row(kind if name == next(iter(parts)) else "", name, gib(count), "")
+        table.add_row(
+            "", "in all", f"[bold]{gib(sum(parts.values()))}", gib(free), end_section=True
+        )
+    for name, seconds in needs.seconds.items():
+        table.add_row("time" if name == "profile" else "", name, about(seconds), "")
+    table.caption = (
+        "Time: counted operations over this machine's speed just now, an order of magnitude."
+    )
+    make_console(stderr=True).print(table)
+
+
 def show_error(message: str) -> None:
     """One clear message on the error stream."""
     Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {_escape(message)}")
@@ -240,10 +264,11 @@ def _show_checkpoint(plan: Allocation, folder: Path) -> None:
         console.print(f"  {count:6d} blocks {scheme}")
 
 
-def make_console() -> Console:
+def make_console(*, stderr: bool = False) -> Console:
     """The terminal, or a page wide enough for the tables."""
-    console = Console()
-    return console if console.is_terminal else Console(width=max(console.width, NARROWEST))
+    console = Console(stderr=stderr)
+    width = console.width if console.is_terminal else max(console.width, NARROWEST)
+    return Console(stderr=stderr, width=width)
 
 
 def _column_of(block: BlockInfo) -> str:

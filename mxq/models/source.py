@@ -27,6 +27,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig, _load_parameter_into_model
 
+from mxq.models.activations import return_freed_memory
 from mxq.models.claims import (
     check_config,
     check_depth,
@@ -259,6 +260,7 @@ def open_source(
         ValueError: If there is no such model, it is not a causal language model in safetensors,
             or it is quantized in a form that mxq does not read.
     """
+    return_freed_memory()
     folder = resolve_folder(model, revision=revision)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json: it is not a Hugging Face model folder")

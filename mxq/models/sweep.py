@@ -26,6 +26,9 @@ OnProgress = Callable[[str, int, int], None]
 """``(what, done, total)``."""
 
 
+BATCH_TOKENS = 4096
+"""Tokens of a batch, or one sample where that is longer."""
+
 CHUNK_POSITIONS = 256
 """Positions whose probabilities exist at a time: 150 MB for a vocabulary of 150 000."""
 
@@ -61,7 +64,7 @@ def make_batches(
     fit_ids: Tensor,
     heldout_ids: Tensor | None,
     *,
-    batch_tokens: int = 4096,
+    batch_tokens: int = BATCH_TOKENS,
     store: ActivationStore | None = None,
 ) -> Batches:
     """Cut samples [samples, sequence] into batches of about that many tokens."""

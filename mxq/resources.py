@@ -1,0 +1,319 @@
+"""What a run will need of the machine, known from headers and options before the first long step.
+
+Memory and disk are sums of what is held at the same time. Time is counted operations over rates
+that are measured here in a fraction of a second; take it as the order of magnitude.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mxq.blocks import LinearBlock
+from mxq.checkpoint.size import kept_bytes
+from mxq.choices import Choices, measure_settings
+from mxq.config import (
+    AllocateOptions,
+    CalibrationOptions,
+    MeasureOptions,
+    QuantizeOptions,
+    ResourceOptions,
+)
+from mxq.machine import Machine, Rates, machine, measure_rates
+from mxq.models.activations import COLD_SHARE
+from mxq.models.adapter import ModelAdapter
+from mxq.models.sweep import BATCH_TOKENS
+from mxq.profiling.losses import MeasureSettings
+from mxq.quantizers.choose import BATCH_BYTES
+
+LIBRARIES_BYTES = 512 * 2**20
+"""Resident memory of Python with torch and transformers, a model of nothing loaded."""
+
+FLOAT_BYTES = 4
+"""Weights and activations are float32 while they are computed with."""
+
+Announce = Callable[["Needs", "Machine"], None]
+"""Shows the needs of a run before its first long step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Bytes of memory and of disk by what takes them, and seconds of each stage.
+
+    The ``memory_bytes`` are held together at the worst moment, the ``disk_bytes`` too.
+    """
+
+    memory_bytes: Mapping[str, int]
+    disk_bytes: Mapping[str, int]
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """The tokens of a run and what is done with them.
+
+    ``plans`` are packed and measured, each of about ``bits`` per weight.
+    """
+
+    fit_tokens: int
+    heldout_tokens: int
+    batch_tokens: int
+    settings: MeasureSettings
+    plans: int
+    bits: float
+    limit_bytes: int
+
+    @property
+    def tokens(self) -> int:
+        """Fitted to and held out."""
+        return self.fit_tokens + self.heldout_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Counts of one model's weights and of the widths of its activations.
+
+    ``layer_elements`` are the parameters of each decoder layer, ``outside_elements`` those of the
+    others; ``blocks`` lists each layer's, ``share`` is the part of all tokens that a routed expert
+    sees on average. ``kept_bytes`` are the bytes in files of what is not quantized.
+    """
+
+    layer_elements: tuple[int, ...]
+    outside_elements: int
+    largest_outside: int
+    hidden: int
+    vocabulary: int
+    blocks: tuple[tuple[LinearBlock, ...], ...]
+    share: float
+    stored_bytes: int
+    kept_bytes: int
+
+
+def check_quantize(
+    adapter: ModelAdapter,
+    options: QuantizeOptions,
+    measured: MeasureOptions,
+    choices: Choices | None = None,
+    announce: Announce | None = None,
+) -> None:
+    """Announce what ``mxq quantize`` will need; raise ValueError where it is not there."""
+    bits = _planned_bits(adapter, options.allocate)
+    plans = 2 if options.output.guard and options.allocate.plan is None else 1
+    settings = measure_settings(adapter, measured, choices)
+    work = workload(options.calibration, settings, options.resources, plans=plans, bits=bits)
+    _check(adapter, work, options.resources, options.output.work_folder, announce)
+
+
+def check_measure(
+    adapter: ModelAdapter,
+    calibration: CalibrationOptions,
+    measured: MeasureOptions,
+    resources: ResourceOptions,
+    folder: Path,
+    announce: Announce | None = None,
+) -> None:
+    """The same for ``mxq measure``, which packs nothing."""
+    settings = measure_settings(adapter, measured, None)
+    work = workload(calibration, settings, resources, plans=0, bits=0.0)
+    _check(adapter, work, resources, folder, announce)
+
+
+def workload(
+    calibration: CalibrationOptions,
+    settings: MeasureSettings,
+    resources: ResourceOptions,
+    *,
+    plans: int,
+    bits: float,
+) -> Workload:
+    """The tokens that calibration options ask for, with spare and held-out samples."""
+    heldout = max(1, calibration.samples // 8) * calibration.seqlen
+    fit = (calibration.samples + calibration.samples // 4) * calibration.seqlen
+    batch = max(BATCH_TOKENS, calibration.seqlen)  # at least one sample
+    return Workload(fit, heldout, min(batch, fit), settings, plans, bits, resources.memory_bytes)
+
+
+def sizes_of(adapter: ModelAdapter) -> Sizes:
+    """Counted on the module tree; no weight is read."""
+    source, model = adapter.source, adapter.source.model
+    inside = [sum(p.numel() for p in layer.parameters()) for layer in source.layers]
+    prefix = source.layers_name + "."
+    outside = [p.numel() for n, p in model.named_parameters() if not n.startswith(prefix)]
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, nn.Module)
+    assert isinstance(embedding.weight, torch.Tensor)
+    vocabulary, hidden = embedding.weight.shape
+    config = model.config.get_text_config()
+    experts = max((b.expert + 1 for b in adapter.blocks() if b.expert is not None), default=1)
+    taken = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None) or 1
+    return Sizes(
+        layer_elements=tuple(inside),
+        outside_elements=sum(outside),
+        largest_outside=max(outside, default=0),
+        hidden=hidden,
+        vocabulary=vocabulary,
+        blocks=tuple(adapter.blocks(layer) for layer in range(len(source.layers))),
+        share=min(1.0, int(taken) / experts),
+        stored_bytes=sum((source.folder / n).stat().st_size for n in set(source.files.values())),
+        kept_bytes=kept_bytes(adapter),
+    )
+
+
+def estimate(sizes: Sizes, work: Workload, rates: Rates) -> Needs:
+    """Memory, disk and time of ``mxq quantize``."""
+    return Needs(_memory(sizes, work), _disk(sizes, work), _seconds(sizes, work, rates))
+
+
+def check_needs(needs: Needs, found: Machine, resources: ResourceOptions) -> None:
+    """Raise ValueError if memory or disk will not do, unless the options force the run."""
+    if resources.force:
+        return
+    memory, disk = sum(needs.memory_bytes.values()), sum(needs.disk_bytes.values())
+    if memory > found.memory_bytes:
+        raise ValueError(
+            f"the run needs about {gib(memory)} of memory and {gib(found.memory_bytes)} are free "
+            f"({_largest(needs.memory_bytes)}); lower --memory, free some, or start it with --force"
+        )
+    if disk > found.disk_bytes:
+        raise ValueError(
+            f"the run needs about {gib(disk)} of disk and {gib(found.disk_bytes)} are free in the "
+            f"work folder ({_largest(needs.disk_bytes)}); choose another --work, raise --memory, "
+            "take fewer --samples, or start it with --force"
+        )
+
+
+def gib(count: float) -> str:
+    """Bytes for a reader."""
+    return f"{count / 2**30:.1f} GiB"
+
+
+def about(seconds: float) -> str:
+    """A duration with one digit that means something."""
+    if seconds < 90:
+        return "about a minute" if seconds > 40 else "less than a minute"
+    if seconds < 90 * 60:
+        return f"about {round(seconds / 60, -1 if seconds > 1200 else 0):.0f} minutes"
+    hours = seconds / 3600
+    return f"about {hours:.0f} hours" if hours < 36 else f"about {hours / 24:.0f} days"
+
+
+def _check(
+    adapter: ModelAdapter,
+    work: Workload,
+    resources: ResourceOptions,
+    folder: Path,
+    announce: Announce | None,
+) -> None:
+    rates = Rates(1e11, 1e7) if announce is None else measure_rates()
+    needs, found = estimate(sizes_of(adapter), work, rates), machine(folder)
+    if announce is not None:
+        announce(needs, found)
+    check_needs(needs, found, resources)
+
+
+def _planned_bits(adapter: ModelAdapter, options: AllocateOptions) -> float:
+    """Bits per weight of the blocks that the budget asks for."""
+    blocks = adapter.blocks()
+    weights = sum(block.weights for block in blocks)
+    forced = options.forced_scheme()
+    if forced is not None:
+        return sum(forced.storage_bits(b.out_features, b.in_features) for b in blocks) / weights
+    return options.bits or 8 * (options.size_bytes or 0) / weights
+
+
+def _memory(sizes: Sizes, work: Workload) -> dict[str, int]:
+    largest = max(sizes.layer_elements)
+    blocks = [block for layer in sizes.blocks for block in layer]
+    widest = max(blocks, key=lambda block: block.weights)
+    # Weights and their copies while they are rounded; Hessian, inverse and factors.
+    one = FLOAT_BYTES * (6 * widest.weights + 5 * widest.in_features**2)
+    together = sum(block.expert is not None for block in sizes.blocks[widest.layer])
+    quantizing = max(one, min(BATCH_BYTES, together * one))
+    # A fused parameter exists a second time while it is merged, up to two thirds of a layer.
+    loading = 2 * FLOAT_BYTES * largest // 3
+    widths = max(_activation_widths(sizes, layer) for layer in range(len(sizes.blocks)))
+    batch = FLOAT_BYTES * work.batch_tokens * max(2 * widths, 3 * sizes.vocabulary)
+    return {
+        "Python and libraries": LIBRARIES_BYTES,
+        "embeddings and head": FLOAT_BYTES * (sizes.outside_elements + sizes.largest_outside),
+        "largest layer": FLOAT_BYTES * largest,
+        "its loading or quantizing": max(loading, quantizing + largest),
+        "one batch in it": batch,
+        "kept activations": min(work.limit_bytes, sum(_activations(sizes, work))),
+    }
+
+
+def _activations(sizes: Sizes, work: Workload) -> tuple[int, int]:
+    """Bytes of kept activations: hidden states, and inputs and gradients of a layer's sites."""
+    gradients = work.settings.sensitivity.needs_gradients
+    depth = len(sizes.blocks) + 2 if gradients else 2
+    cold = FLOAT_BYTES * work.tokens * sizes.hidden * depth
+    widths = max(_activation_widths(sizes, layer) for layer in range(len(sizes.blocks)))
+    # Each batch's, and those of all batches in one.
+    return cold, 2 * FLOAT_BYTES * work.tokens * widths * (2 if gradients else 1)
+
+
+def _activation_widths(sizes: Sizes, layer: int) -> int:
+    """Summed widths of the inputs of a layer's sites; the experts of a layer share one."""
+    linears = sum(block.in_features for block in sizes.blocks[layer] if block.expert is None)
+    routed = any(block.expert is not None for block in sizes.blocks[layer])
+    return linears + (sizes.hidden if routed else 0)
+
+
+def _disk(sizes: Sizes, work: Workload) -> dict[str, int]:
+    weights = sum(block.weights for layer in sizes.blocks for block in layer)
+    cold, hot = _activations(sizes, work)
+    in_memory = min(cold, int(COLD_SHARE * work.limit_bytes))
+    return {
+        "packed checkpoints": work.plans * (int(weights * work.bits / 8) + sizes.kept_bytes),
+        "activations over the limit": cold
+        - in_memory
+        + max(0, hot - (work.limit_bytes - in_memory)),
+    }
+
+
+def _seconds(sizes: Sizes, work: Workload, rates: Rates) -> dict[str, float]:
+    """Seconds of each stage: products, clip searches, and reading the layers."""
+    blocks = [block for layer in sizes.blocks for block in layer]
+    active = sum(b.weights * (1.0 if b.expert is None else sizes.share) for b in blocks)
+    forward = 2.0 * active / rates.operations_per_second
+    read = sizes.stored_bytes / rates.read_bytes_per_second
+    integers = [scheme for scheme in work.settings.schemes if scheme.kind == "int"]
+    gptq = work.settings.method.name != "rtn"
+    tries = 3 if work.settings.rotation == "auto" and len(work.settings.schemes) > 1 else 1
+    one = _one_scheme(blocks, rates, gptq)
+    moments = _moments(sizes, blocks, work.fit_tokens) / rates.operations_per_second
+    # Forward twice and backward once, or forward once; the experts' probes; outputs by scheme.
+    runs = (5 if work.settings.sensitivity.needs_gradients else 3) + 2 * len(work.settings.schemes)
+    measured = (len(integers) + (tries - 1)) * one + tries * moments
+    return {
+        "profile": read + 2 * forward * work.tokens,
+        "measure": 2 * read + runs * forward * work.tokens + measured,
+        "pack": work.plans * (read + 3 * forward * work.tokens + one + moments),
+        "measured loss": (1 + work.plans) * (read + forward * work.heldout_tokens),
+    }
+
+
+def _one_scheme(blocks: Sequence[LinearBlock], rates: Rates, gptq: bool) -> float:
+    """Seconds to quantize every block once."""
+    weights = sum(block.weights for block in blocks)
+    search = weights / rates.searched_weights_per_second
+    if not gptq:
+        return search
+    # Round to nearest is tried beside it; then N K^2 multiply-adds, and three factorizations.
+    products = sum(2.0 * b.weights * b.in_features + 2.0 * b.in_features**3 for b in blocks)
+    return 2 * search + products / rates.operations_per_second
+
+
+def _moments(sizes: Sizes, blocks: Sequence[LinearBlock], tokens: int) -> float:
+    """Operations for the second moments of every block's inputs."""
+    return sum(
+        2.0 * tokens * (1.0 if b.expert is None else sizes.share) * b.in_features**2 for b in blocks
+    )
+
+
+def _largest(parts: Mapping[str, int]) -> str:
+    name = max(parts, key=lambda part: parts[part])
+    return f"most of it for {name}: {gib(parts[name])}"
