@@ -114,11 +114,12 @@ def pack_and_choose(
 
 
 def _made_from(finish: Finish, plans: Mapping[str, Allocation]) -> Provenance:
-    digests = {name: _plan_name(plan) for name, plan in plans.items()}
+    names = {name: _plan_name(plan) for name, plan in plans.items()}
+    asked = next(iter(plans.values())).asked_bits
     return make_provenance(
         finish.table.provenance.model_digest,
         finish.tokens.digest,
-        {**finish.table.provenance.settings, "plans": digests},
+        {**finish.table.provenance.settings, "bits": asked, "plans": names},
     )
 
 

@@ -41,7 +41,7 @@ from mxq.profiling.draw import draw_calibration
 from mxq.profiling.losses import LayerLosses, MeasureSettings
 from mxq.profiling.measure import Sharing, measure
 from mxq.progress import Report
-from mxq.publish import check_apart, check_output
+from mxq.publish import check_apart, check_known, check_output
 from mxq.resources import Announce, check_quantize
 from mxq.search.allocate import check_solved_on
 from mxq.workspace import (
@@ -84,6 +84,11 @@ def run_quantize(
     adapter = open_adapter(options.model)
     check_request(adapter, options.allocate, measured, options.output, choices)
     check_quantize(adapter, options, measured, choices, announce if work.team.leads else None)
+    if work.team.leads and choices is None:
+        known = _recorded(adapter, measure_settings(adapter, measured, None))
+        if options.allocate.bits is not None:
+            known["bits"] = options.allocate.bits
+        check_known(options.output, adapter.source.digest(), known)
     with work.locked():
         tokens, profile = run_profile(
             work, adapter, options.model, options.calibration, measured, data=data, report=report
@@ -272,13 +277,15 @@ def run_measure(
     provenance = team.from_lead(
         Provenance, lambda: make_provenance(adapter.source.digest(), tokens.digest, recorded)
     )
+    records = work.records("measure", LayerLosses, provenance)
     if choices is None:
         found = team.from_lead(
             _Table, lambda: _Table(work.cached("sensitivity", SensitivityTable, provenance))
         )
         if found.table is not None:
+            if team.leads:
+                records.clear()  # a run may have been killed right before it did
             return found.table
-    records = work.records("measure", LayerLosses, provenance)
     table = measure(
         adapter,
         tokens.batches(work.store),

@@ -7,7 +7,7 @@ not touched unless the user allows it.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mxq.artifacts import Allocation, Provenance
@@ -83,6 +83,19 @@ def find_record(folder: Path) -> RunRecord | None:
         return load_artifact(folder / RECORD, RunRecord)
     except ValueError:
         return None
+
+
+def check_known(options: OutputOptions, model_digest: str, settings: Mapping[str, object]) -> None:
+    """Refuse the result of another run early, by what is known before anything is computed.
+
+    Raises:
+        ValueError: If the output folder is of another run, and --overwrite is not given.
+    """
+    record = find_record(options.output)
+    if record is not None:
+        old = record.provenance
+        known = replace(old, model_digest=model_digest, settings={**old.settings, **settings})
+        check_same_run(options, known)
 
 
 def check_same_run(options: OutputOptions, provenance: Provenance) -> RunRecord | None:

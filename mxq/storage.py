@@ -114,9 +114,10 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         temporary.replace(path)
         _flush(path.parent)
     except (OSError, SafetensorError) as error:
+        why = str(error).rpartition("I/O error: ")[2]  # safetensors says more words before
         raise OSError(
-            f"{path} could not be written: {error}; what was finished before is kept, so mend "
-            "that and run the same command again"
+            f"{path} could not be written: {why}; what was finished before is kept: mend that and "
+            "run the same command again"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)

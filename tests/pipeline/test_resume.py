@@ -1,0 +1,396 @@
+"""Runs that are stopped: killed, interrupted, out of disk; the next one goes on and ends alike."""
+
+import errno
+import logging
+import os
+import random
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from attempts import Stop, attempts
+from safetensors.torch import load_file, save_file
+from tiny import save_tiny, token_ids
+
+import mxq
+from mxq import finish, pipeline
+from mxq.checkpoint import pack as packing
+from mxq.profiling import measure as measuring
+from mxq.quantizers import quantize_rtn
+from mxq.workspace import LOCK, Workspace
+
+MENU = "w2a16_g32_asym,w4a8_g32_asym,bf16"
+IDS = token_ids(9, 16, seed=7)
+KILLS = 26
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("model"), num_hidden_layers=3)
+
+
+@pytest.fixture(scope="module")
+def attempt(tmp_path_factory):
+    with attempts(tmp_path_factory.mktemp("printed")) as attempt:
+        yield attempt
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    model = save_tiny(tmp_path_factory.mktemp("small"))
+    text = tmp_path_factory.mktemp("text") / "text.txt"
+    text.write_text("".join(f"The clock struck {number} times. " for number in range(60)))
+    line = (
+        f"quantize {model} --bits 4.5 --schemes {MENU} --calibration file:{text} --samples 6 "
+        "--seqlen 16 --rotation off --output"
+    )
+    return line.split()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(attempt, command, tmp_path_factory):
+    """A folder that a run wrote in one go, what it printed, and how long it took."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "out"
+    done = attempt([*command, folder])
+    assert done.status == 0, done.stderr
+    return folder, done
+
+
+def files_of(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def one_message(done):
+    """What a command that failed said: one line, no traceback."""
+    assert "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.count("error: ") == 1, done.stderr
+    return done.stderr.splitlines()[-1]
+
+
+def without_path(text, folder):
+    """Printed tables without the name of the folder, which differs."""
+    return text.replace(str(folder), "").split("Written to")[0]
+
+
+# Killed
+
+
+def test_a_run_killed_at_any_moment_goes_on_and_writes_the_same_bytes(
+    attempt, command, undisturbed, tmp_path
+):
+    (reference, first), folder = undisturbed, tmp_path / "out"
+    chance, kills = random.Random(3), 0
+    while kills < KILLS:
+        done = None
+        while done is None or done.status != 0:
+            # Every second one dies at a write: before it, half way, or after it.
+            stop = Stop(seconds=chance.uniform(0, first.seconds))
+            done = attempt(
+                [*command, folder], Stop(flush=chance.randint(1, 24)) if kills % 2 else stop
+            )
+            assert done.status in (0, -signal.SIGKILL), done.stderr
+            kills += done.status != 0
+        assert files_of(folder) == files_of(reference)
+        assert without_path(done.stdout, folder) == without_path(first.stdout, reference)
+        shutil.rmtree(folder)
+
+
+# Interrupted, and out of disk
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+def test_an_interrupted_run_says_so_and_goes_on(attempt, command, undisturbed, share, tmp_path):
+    folder = tmp_path / "out"
+    stop = Stop(seconds=share * undisturbed[1].seconds, signal=signal.SIGINT)
+    done = attempt([*command, folder], stop)
+    assert done.status == 130, done.stderr
+    assert "interrupted; the same command goes on" in one_message(done)
+    assert not list(folder.rglob("*.mxq-part"))
+    assert attempt([*command, folder]).status == 0
+    assert files_of(folder) == files_of(undisturbed[0])
+
+
+@pytest.mark.parametrize("limit", [1000, 20_000, 60_000])
+def test_a_file_that_the_disk_does_not_take_is_named(
+    attempt, command, undisturbed, limit, tmp_path
+):
+    folder = tmp_path / "out"
+    done = attempt([*command, folder], Stop(limit=limit))
+    assert done.status == 1
+    message = one_message(done)
+    assert str(folder) in message
+    assert "could not be written: " in message
+    assert "File too large" in message
+    assert "run the same command again" in message
+    assert not list(folder.rglob("*.mxq-part"))
+    assert attempt([*command, folder]).status == 0
+    assert files_of(folder) == files_of(undisturbed[0])
+
+
+# In one process: what is done again and what is not
+
+
+FAST = {
+    "calibration": IDS,
+    "schemes": MENU,
+    "bits": 4.5,
+    "quantizer": "rtn",
+    "rotation": "off",
+}
+
+
+class Stopped(Exception):  # noqa: N818  (no error: a test ends the run)
+    pass
+
+
+def stop_at(stage, done, steps=("backward", "pack")):
+    """A report that ends the run after so many layers of a stage."""
+
+    def report(name, step, finished, total):
+        if name.startswith(stage) and step in steps and finished == done:
+            raise Stopped
+
+    return report
+
+
+@pytest.fixture
+def layers_done(monkeypatch):
+    """The layers that were really measured and quantized, in order."""
+    found = {"measured": [], "packed": []}
+
+    def measure_layer(adapter, batches, settings, visit, provenance):
+        found["measured"].append(visit.layer)
+        return measure(adapter, batches, settings, visit, provenance)
+
+    def quantize_layer(job, layer, calls):
+        found["packed"].append(layer)
+        return quantize(job, layer, calls)
+
+    measure, quantize = measuring.measure_layer, packing.quantize_layer
+    monkeypatch.setattr(measuring, "measure_layer", measure_layer)
+    monkeypatch.setattr(packing, "quantize_layer", quantize_layer)
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory):
+    """A run in one go with FAST."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    return mxq.quantize(model, output=folder, **FAST)
+
+
+def stopped(model, folder, stage, done, **changes):
+    steps = ("forward", "pack") if "sensitivity" in changes else ("backward", "pack")
+    report = stop_at(stage, done, steps)
+    with pytest.raises(Stopped):
+        mxq.quantize(model, output=folder, progress=report, **{**FAST, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "order"), [({}, [2, 1, 0]), ({"sensitivity": "output_mse"}, [0, 1, 2])]
+)
+def test_measured_layers_are_not_measured_again(model, layers_done, changes, order, tmp_path):
+    stopped(model, tmp_path / "out", "measure", 2, **changes)
+    assert layers_done["measured"] == order[:2]
+    mxq.quantize(model, output=tmp_path / "out", **{**FAST, **changes})
+    assert layers_done["measured"] == order
+    mxq.quantize(model, output=tmp_path / "whole", **{**FAST, **changes})
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("plan", ["plan", "uniform"])
+def test_packed_layers_are_not_packed_again(model, whole, layers_done, plan, tmp_path):
+    stopped(model, tmp_path / "out", f"pack {plan}", 2)
+    mxq.quantize(model, output=tmp_path / "out", **FAST)
+    assert layers_done["packed"] == [0, 1, 2, 0, 1, 2]
+    assert files_of(tmp_path / "out") == files_of(whole.folder)
+
+
+def test_a_measured_loss_is_not_measured_again(model, whole, monkeypatch, tmp_path):
+    def fail(*arguments):
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finish, "publish", fail)
+        with pytest.raises(Stopped):
+            mxq.quantize(model, output=tmp_path / "out", **FAST)
+    monkeypatch.setattr(finish, "measure_loss", fail)
+    again = mxq.quantize(model, output=tmp_path / "out", **FAST)
+    assert again.losses == whole.losses
+    assert files_of(tmp_path / "out") == files_of(whole.folder)
+
+
+def test_a_finished_run_returns_its_result_at_once(model, whole, monkeypatch, tmp_path):
+    def fail(*arguments, **options):
+        raise AssertionError("done again")
+
+    for place, name in (
+        (pipeline, "profile_routing"),
+        (pipeline, "measure"),
+        (pipeline, "plan"),
+        (finish, "pack"),
+        (finish, "measure_loss"),
+        (finish, "publish"),
+    ):
+        monkeypatch.setattr(place, name, fail)
+    monkeypatch.setattr("mxq.planning.plan", fail)
+    before = files_of(whole.folder)
+    for overwrite in (False, True):
+        assert mxq.quantize(model, output=whole.folder, overwrite=overwrite, **FAST) == whole
+    assert files_of(whole.folder) == before
+
+
+def test_a_damaged_shard_of_a_stopped_run_is_packed_again(
+    model, whole, layers_done, caplog, tmp_path
+):
+    stopped(model, tmp_path / "out", "pack plan", 2)
+    shard = tmp_path / "out" / "work" / "packed-plan" / "model-layer-00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    mxq.quantize(model, output=tmp_path / "out", guard=True, **FAST)
+    assert layers_done["packed"] == [0, 1, 0, 2, 0, 1, 2]
+    assert f"{shard} is absent or was changed; it is made anew" in caplog.text
+    assert files_of(tmp_path / "out") == files_of(whole.folder)
+
+
+def test_a_damaged_result_is_made_anew(model, whole, tmp_path):
+    folder = Path(shutil.copytree(whole.folder, tmp_path / "out"))
+    shard = folder / "model-layer-00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    mxq.quantize(model, output=folder, **FAST)
+    assert files_of(folder) == files_of(whole.folder)
+
+
+def test_a_quantizer_of_the_callers_own_starts_again(model, layers_done, tmp_path):
+    def own(w_NK, scheme, hessian_KK):
+        return quantize_rtn(w_NK, scheme, None)
+
+    changes = {"quantizer": own, "guard": False}
+    stopped(model, tmp_path / "out", "measure", 2, **changes)
+    stopped(model, tmp_path / "out", "pack", 2, **changes)
+    mxq.quantize(model, output=tmp_path / "out", **{**FAST, **changes})
+    assert layers_done == {"measured": [2, 1, 2, 1, 0, 2, 1, 0], "packed": [0, 1, 0, 1, 2]}
+    with pytest.raises(ValueError, match="is not empty"):
+        mxq.quantize(model, output=tmp_path / "out", **{**FAST, **changes})
+
+
+# What has changed is named
+
+
+def other_weights(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] + 1
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("model", "another model"),
+        ("text", "other calibration text"),
+        ("settings", "other settings (rotation: off -> on)"),
+        ("versions", "torch: 1.0 -> "),
+    ],
+)
+def test_layers_of_other_inputs_are_measured_again_and_the_change_is_named(
+    change, words, model, layers_done, monkeypatch, caplog, tmp_path
+):
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    old = {"mxq": "1", "torch": "1.0", "transformers": "1", "safetensors": "1"}
+    with monkeypatch.context() as patch:
+        if change == "versions":
+            patch.setattr("mxq.workspace.library_versions", lambda: old)
+        stopped(folder, tmp_path / "out", "measure", 2)
+    options = dict(FAST)
+    if change == "model":
+        other_weights(folder)
+    if change == "text":
+        options["calibration"] = token_ids(9, 16, seed=8)
+    if change == "settings":
+        options["rotation"] = "on"
+    with caplog.at_level(logging.WARNING, "mxq"):
+        stopped(folder, tmp_path / "out", "measure", 3, **options)
+    assert layers_done["measured"] == [2, 1, 2, 1, 0]
+    [line] = [record.getMessage() for record in caplog.records if "measure: " in record.message]
+    assert words in line
+    assert line.endswith("they are made anew")
+    other = {"model", "text", "settings", "versions"} - {change}
+    named = {"model": "another model", "text": "calibration", "settings": "settings"}
+    assert not [word for word in other if named.get(word, "library versions") in line]
+
+
+def test_the_result_of_another_run_is_not_replaced_but_with_overwrite(model, whole, tmp_path):
+    folder = Path(shutil.copytree(whole.folder, tmp_path / "out"))
+    before = files_of(folder)
+    options = {**FAST, "work": tmp_path / "work", "guard": False}
+    with pytest.raises(ValueError, match=r"out holds the result of another run, made from other "):
+        mxq.quantize(model, output=folder, **{**options, "bits": 3})
+    assert files_of(folder) == before
+    mxq.quantize(model, output=folder, overwrite=True, **{**options, "bits": 3})
+    after = files_of(folder)
+    assert after["config.json"] != before["config.json"]
+
+
+def test_the_result_of_other_options_is_refused_before_anything_is_computed(
+    model, whole, layers_done, tmp_path
+):
+    for change, words in (
+        ({"bits": 3}, "bits: 4.5 -> 3"),
+        ({"rotation": "on"}, "rotation: off -> on"),
+    ):
+        options = {**FAST, "work": tmp_path / "work", **change}
+        with pytest.raises(ValueError, match=f"holds the result of another run, .*{words}"):
+            mxq.quantize(model, output=whole.folder, **options)
+    assert layers_done["measured"] == []
+
+
+# Files
+
+
+def test_a_write_without_room_keeps_what_was_finished(model, whole, monkeypatch, tmp_path):
+    flush = os.fsync
+    for number in (3, 8, 13):
+        left = [number]
+
+        def full(descriptor, left=left):
+            left[0] -= 1
+            if left[0] == 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            flush(descriptor)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            with pytest.raises(OSError, match=r"could not be written: .*No space left on device"):
+                mxq.quantize(model, output=tmp_path / "out", **FAST)
+        assert not list(tmp_path.rglob("*.mxq-part"))
+    mxq.quantize(model, output=tmp_path / "out", **FAST)
+    assert files_of(tmp_path / "out") == files_of(whole.folder)
+
+
+def test_a_second_run_in_a_work_folder_is_refused_with_the_first_ones_process(tmp_path):
+    work = Workspace(tmp_path / "work")
+    with work.locked():
+        words = rf"another run of mxq \(process {os.getpid()} on .*"
+        with pytest.raises(ValueError, match=words), Workspace(tmp_path / "work").locked():
+            pass
+        assert (tmp_path / "work" / LOCK).is_file()  # the second took nothing with it
+    assert not (tmp_path / "work" / LOCK).exists()
+    with work.locked():
+        pass
+
+
+def test_the_lock_of_a_killed_run_is_no_lock(tmp_path):
+    work = Workspace(tmp_path)
+    (tmp_path / LOCK).write_text("process 1 on elsewhere")
+    part = tmp_path / ".profile.json.77.mxq-part"
+    part.write_text("{")
+    with work.locked():
+        assert not part.exists()
