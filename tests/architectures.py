@@ -175,6 +175,7 @@ def _folders(model_type: str) -> set[str]:
     return {CONFIG_MAPPING[name].__module__.split(".")[2] for name in {model_type, *types}}
 
 
+@cache
 def _parts(model_type: str) -> list[Mapping[str, Any]]:
     """The fields of a type's default configuration, and of those nested in it."""
     try:
