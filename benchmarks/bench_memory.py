@@ -4,10 +4,13 @@
 
 Writes a checkpoint of that size shard by shard, says what disk the run will take, then runs
 ``mxq.quantize`` in a child process while this one samples the child's resident memory ten times a
-second and the free space of the disk. Everything is deleted at the end but the result.
+second, and what it holds on disk: files in its folders, and files without a name that it maps.
+Everything is deleted at the end but the result.
 """
 
 import argparse
+import contextlib
+import itertools
 import json
 import platform
 import shutil
@@ -46,6 +49,7 @@ from mxq.scheme import parse_schemes
 
 RESULTS = Path(__file__).parent / "results"
 SAMPLE_SECONDS = 0.1
+SAMPLES_PER_LOOK_AT_DISK = 10
 
 KINDS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "moe": (
@@ -233,7 +237,7 @@ def noise(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
 def watch_child(case: Case, room: Path) -> dict[str, Any]:
     """Run the quantization in a child and sample it; peaks by stage, disk said and taken."""
     request = {**asdict(case), "room": str(room)}
-    started, free = time.monotonic(), shutil.disk_usage(room).free
+    started = time.monotonic()
     child = subprocess.Popen(
         [sys.executable, __file__, "--child", json.dumps(request)],
         stdout=subprocess.PIPE,
@@ -256,7 +260,7 @@ def watch_child(case: Case, room: Path) -> dict[str, Any]:
             outcome = event["outcome"]
         sampler.enter(event.get("stage", "end"))
     status = child.wait()
-    stages, least_free = sampler.stop()
+    stages = sampler.stop()
     if status != 0:
         raise SystemExit(f"the quantization ended with status {status}")
     return {
@@ -265,7 +269,7 @@ def watch_child(case: Case, room: Path) -> dict[str, Any]:
         **stated,
         "stated_disk_bytes": sum(stated["stated"]["disk_bytes"].values()),
         "stated_memory_bytes": sum(stated["stated"]["memory_bytes"].values()),
-        "measured_disk_bytes": free - least_free,
+        "measured_disk_bytes": sampler.peak_disk,
         "outcome": outcome,
     }
 
@@ -277,7 +281,7 @@ class Sampler:
         self.process, self.room = psutil.Process(pid), room
         self.stage, self.peaks = "", dict[str, int]()
         self.seconds: dict[str, float] = defaultdict(float)
-        self.least_free = shutil.disk_usage(room).free
+        self.peak_disk = 0
         self.enter("start")
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
@@ -290,28 +294,42 @@ class Sampler:
             self.peaks.setdefault(stage, 0)
             print(f"{time.strftime('%H:%M:%S')} {stage}", flush=True)
 
-    def stop(self) -> tuple[list[dict[str, Any]], int]:
-        """Peaks by stage, and the least free disk seen."""
+    def stop(self) -> list[dict[str, Any]]:
+        """Seconds and peak of each stage."""
         self._ended.set()
         self._thread.join()
-        found = [
+        return [
             {"stage": name, "seconds": round(self.seconds[name], 1), "peak_rss_bytes": peak}
             for name, peak in self.peaks.items()
         ]
-        return found, self.least_free
 
     def _sample(self) -> None:
         last = time.monotonic()
-        while not self._ended.wait(SAMPLE_SECONDS):
+        for sample in itertools.count():
+            if self._ended.wait(SAMPLE_SECONDS):
+                return
             try:
                 resident = self.process.memory_info().rss
-            except psutil.NoSuchProcess:
+                if sample % SAMPLES_PER_LOOK_AT_DISK == 0:
+                    self.peak_disk = max(self.peak_disk, self._disk_bytes())
+            except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
                 return
             self.peaks[self.stage] = max(self.peaks[self.stage], resident)
             now = time.monotonic()
             self.seconds[self.stage] += now - last
             last = now
-            self.least_free = min(self.least_free, shutil.disk_usage(self.room).free)
+
+    def _disk_bytes(self) -> int:
+        """Bytes of the files in the output and work folder, and of mapped files without a name."""
+        held = 0
+        for path in (self.room / "out").rglob("*"):
+            with contextlib.suppress(FileNotFoundError):
+                held += path.stat().st_size if path.is_file() else 0
+        for line in Path(f"/proc/{self.process.pid}/maps").read_text().splitlines():
+            if str(self.room) in line and line.endswith("(deleted)"):
+                start, stop = line.split(" ", 1)[0].split("-")
+                held += int(stop, 16) - int(start, 16)
+        return held
 
 
 def child(request: Mapping[str, Any]) -> None:

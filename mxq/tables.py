@@ -226,7 +226,7 @@ def show_folder(folder: Path) -> None:
 
 
 def show_needs(needs: Needs, found: Machine) -> None:
-    """What a run will take of the machine beside what is free, on the error stream as progress is."""
+    """What a run will take of the machine, beside what is free; printed where progress is."""
     table = Table(title="This run will need")
     for column in ("", "for", "about", "free"):
         table.add_column(column, justify="right" if column in ("about", "free") else "left")
