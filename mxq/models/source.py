@@ -97,6 +97,11 @@ class ModelSource:
             if not parameter.is_meta:
                 check_finite(parameter, name)
 
+    @property
+    def is_encoded(self) -> bool:
+        """Whether the files hold codes and scales instead of some weights."""
+        return len(self._encoded) > 0
+
     def layer_path(self, layer: int) -> str:
         """Path of a decoder layer in the module tree."""
         return f"{self.layers_name}.{layer}"

@@ -14,6 +14,7 @@ from transformers import (
 from mxq.config import CalibrationOptions
 from mxq.models.adapter import ModelAdapter
 from mxq.models.skeleton import load_whole
+from mxq.models.source import ModelSource, open_source
 from mxq.profiling.calibration import CalibrationSet, load_calibration
 
 _TOKENIZER_FILES = (
@@ -116,7 +117,7 @@ def _sampler(adapter: ModelAdapter) -> Callable[[int, int, torch.Generator], tor
 
     def sample(batch: int, seqlen: int, generator: torch.Generator) -> torch.Tensor:
         if not loaded:
-            loaded.append(load_whole(folder, dtype=torch.float32))
+            loaded.append(_whole_model(adapter.source))
         model = loaded[0]
         ids = torch.full((batch, 1), bos if isinstance(bos, int) else 0)
         cache = None
@@ -134,3 +135,14 @@ def _sampler(adapter: ModelAdapter) -> Callable[[int, int, torch.Generator], tor
         return ids
 
     return sample
+
+
+def _whole_model(source: ModelSource) -> PreTrainedModel:
+    """The original in float32, as ``from_pretrained`` gives it."""
+    if not source.is_encoded:
+        return load_whole(source.folder, dtype=torch.float32)
+    # transformers computes with the codes of such a source, or decodes them to another type.
+    own = open_source(source.folder)
+    for layer in range(len(own.layers)):
+        own.load_layer(layer)
+    return own.model

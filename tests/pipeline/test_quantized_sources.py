@@ -13,8 +13,11 @@ from tiny import logits_of, save_tiny, token_ids
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from mxq.config import CalibrationOptions
+from mxq.models.adapter import ModelAdapter
 from mxq.models.decoding import decode_fp8, decode_mxfp4
 from mxq.models.source import open_source
+from mxq.profiling.draw import draw_calibration
 
 FP8_BLOCK = (24, 40)
 """Divides neither side of the tiny weights, so blocks at the edges are cut."""
@@ -174,6 +177,20 @@ def test_layers_of_a_quantized_source_are_decoded_one_at_a_time(mxfp4):
     assert source.layers[0].mlp.experts.down_proj.is_meta
     expected = load_file(mxfp4[1] / "model.safetensors")["model.layers.1.mlp.experts.down_proj"]
     assert torch.equal(source.layers[1].mlp.experts.down_proj, expected.float())
+
+
+def test_a_quantized_source_writes_its_own_calibration_text(fp8):
+    written = [
+        draw_calibration(
+            ModelAdapter(open_source(source)),
+            CalibrationOptions(spec="self", samples=8, seqlen=6, seed=0),
+        )[0].input_ids
+        for source in fp8
+    ]
+    # The first is written by decoded layers, the second by from_pretrained: the same logits but
+    # for the order in which a token's two experts are summed, so the same draws.
+    assert written[0].unique().numel() > 5
+    assert torch.equal(*written)
 
 
 # The arithmetic
