@@ -1,13 +1,16 @@
 """What mxq never does with a folder from someone else: see docs/security.md."""
 
 import ast
+import hashlib
 import json
 import shutil
 import socket
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import edit_config, write_checkpoint
+from safetensors.torch import load_file, save_file
 from tiny import save_tiny
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -160,3 +163,35 @@ def test_a_plan_names_only_safetensors_of_its_folder(packed, name):
 def test_a_plan_with_a_wrong_field_is_refused(packed, change, message):
     edit_config(packed, lambda config: change(config["quantization_config"]))
     refuses(packed, f"quantization_config of this checkpoint was edited or damaged: {message}")
+
+
+def test_codes_of_another_type_are_refused_even_if_the_digest_is_right(packed):
+    shard = packed / "model-layer-00000.safetensors"
+    tensors = load_file(shard)
+    key = next(key for key in sorted(tensors) if key.endswith("weight_packed"))
+    save_file({**tensors, key: tensors[key].to(torch.float32)}, shard, {"format": "pt"})
+    digest = hashlib.sha256(shard.read_bytes()).hexdigest()
+    files = {shard.name: digest}
+    edit_config(packed, lambda config: config["quantization_config"]["files"].update(files))
+    refuses(packed, f"{key} is stored as F32, its scheme needs I32: the file was edited")
+
+
+def test_groups_that_do_not_divide_an_input_are_refused(packed):
+    def widen(config):
+        plan = config["quantization_config"]
+        plan["schemes"] = [text.replace("g32", "g128") for text in plan["schemes"]]
+
+    edit_config(packed, widen)
+    refuses(packed, r"the scheme \w+_g128_\w+, whose groups do not divide its 64 inputs")
+
+
+@pytest.mark.parametrize("change", [lambda row: row[:-1], lambda row: [*row, 0]])
+def test_a_plan_of_another_number_of_experts_is_refused(tmp_path, change):
+    folder = write_checkpoint(save_tiny(tmp_path / "moe"), tmp_path / "packed")
+
+    def edit(config):
+        (table, *_) = config["quantization_config"]["experts"].values()
+        table["up_proj"] = change(table["up_proj"])
+
+    edit_config(folder, edit)
+    refuses(folder, r"has schemes for .*'up_proj': [35].*, but the model has .*'up_proj': 4")

@@ -1,5 +1,6 @@
 """Artifacts on disk: they come back equal, and a file that is not whole is refused in words."""
 
+import hashlib
 import json
 import math
 import re
@@ -158,6 +159,38 @@ def test_another_kind_is_refused_by_name(file):
 def test_a_newer_version_is_refused_by_number(file):
     edit(file, version=2)
     refused(file, SensitivityTable, "is SensitivityTable version 2, expected SensitivityTable ver")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"storage_bits": 3.7}, "storage_bits is 3.7, expected an integer"),
+        ({"weights": True}, "weights is True, expected an integer"),
+        ({"weights": "1000"}, "weights is '1000', expected an integer"),
+        ({"proven": 1}, "proven is 1, expected true or false"),
+        ({"predicted_loss": "0.25"}, "predicted_loss is '0.25', expected a number"),
+        ({"predicted_loss": {"float": "many"}}, "predicted_loss is {'float': 'many'}, expected a"),
+        ({"predicted_loss": 10**400}, "expected a number"),
+        ({"unit": None}, "unit is None, expected a text"),
+        ({"schemes": ["w4a16_grow_sym"]}, "schemes is ['w4a16_grow_sym'], expected an object"),
+        ({"schemes": {"a": "w9"}}, "scheme 'w9' is not of the form"),
+        ({"rotated_layers": "35"}, "rotated_layers is '35', expected a list"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_and_not_converted(tmp_path, change, message):
+    path = tmp_path / "plan.json"
+    save_artifact(path, ALLOCATION)
+    content = {**json.loads(path.read_text())["content"], **change}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    edit(path, content=content, sha256=hashlib.sha256(text.encode()).hexdigest())
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        load_artifact(path, Allocation)
+    assert str(caught.value).startswith(f"{path} lacks what this mxq needs (")
+
+
+def test_a_document_nested_too_deep_is_refused(file):
+    file.write_text("[" * 100_000)
+    refused(file, SensitivityTable, "is not an mxq artifact: RecursionError")
 
 
 def test_what_json_cannot_hold_leaves_the_old_file(file):
