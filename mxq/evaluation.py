@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from mxq.models.claims import check_config
+from mxq.models.files import checkpoint_files, read_json
 from mxq.models.skeleton import load_whole
 
 Loaded = TypeVar("Loaded")
@@ -209,7 +211,16 @@ def _resolved(name: str) -> str:
     if path.is_file() or (is_path and not path.exists()):
         found = "is a file" if path.is_file() else "does not exist"
         raise ValueError(f"model folder {name} {found}; {_MODEL_MENU}")
-    return str(path) if path.is_dir() else name
+    if not path.is_dir():
+        return name
+    # transformers reads the configuration for a tokenizer too, and would build what it claims.
+    stored = any(path.glob("*.safetensors"))
+    check_config(
+        path / "config.json",
+        read_json(path / "config.json"),
+        checkpoint_files(path) if stored else (),
+    )
+    return str(path)
 
 
 _MODEL_MENU = "give a folder as save_pretrained writes it, a hub id, or demo"

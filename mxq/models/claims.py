@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers import __version__ as transformers_version
 
+from mxq.models.files import check_links, checkpoint_files, read_json
+
 _LAYERS = re.compile(r"^(n|num)_(\w+_)?(layers?|blocks?)$|^depths?$")
 _EXPERTS = re.compile(r"^(n|num)_(\w+_)?experts$")
 _SIZE = re.compile(r"_(size|dim|rank|heads)$|^(n|d)_(embd|inner|heads?|model|ff|kv|ctx)$")
@@ -26,6 +28,20 @@ LARGEST_SIZE = 2**31
 
 LEAST_BYTES = 2**30
 """Bytes that a model may need beside what its files hold."""
+
+
+def check_folder(folder: Path) -> dict[str, str]:
+    """The files of a model folder by tensor, as ``checkpoint_files`` gives them, once checked.
+
+    Raises:
+        ValueError: If the folder is incomplete, leaves itself or claims more than it holds.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json: it is not a Hugging Face model folder")
+    check_links(folder)
+    files = checkpoint_files(folder)
+    check_config(folder / "config.json", read_json(folder / "config.json"), files)
+    return files
 
 
 def check_config(path: Path, fields: Mapping[str, Any], keys: Iterable[str]) -> None:

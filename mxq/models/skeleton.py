@@ -18,6 +18,8 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from mxq.models.claims import check_folder
+
 EXPERTS_FUNCTION = "mxq"
 """Name under which mxq's experts function is registered with transformers."""
 
@@ -68,7 +70,13 @@ def auto_class(config: PreTrainedConfig) -> Any:
 
 
 def load_whole(model: str | Path, **options: object) -> PreTrainedModel:
-    """``from_pretrained`` of the auto class that the configuration asks for."""
+    """``from_pretrained`` of the auto class that the configuration asks for.
+
+    Raises:
+        ValueError: If a folder claims more than it holds; see ``claims.py``.
+    """
+    if Path(model).is_dir():
+        check_folder(Path(model))
     config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     auto = auto_class(config)
     whole = auto.from_pretrained(model, use_safetensors=True, trust_remote_code=False, **options)

@@ -29,21 +29,15 @@ from transformers.modeling_utils import LoadStateDictConfig, _load_parameter_int
 
 from mxq.models.activations import return_freed_memory
 from mxq.models.claims import (
-    check_config,
     check_depth,
     check_floating,
+    check_folder,
     check_parts,
     check_skeleton,
     non_persistent_buffers,
 )
 from mxq.models.decoding import DecodingSlice, Encoded, find_encoded
-from mxq.models.files import (
-    check_links,
-    checkpoint_files,
-    open_safetensors,
-    read_json,
-    resolve_folder,
-)
+from mxq.models.files import checkpoint_files, open_safetensors, resolve_folder
 from mxq.models.skeleton import build_skeleton, find_decoder_layers
 from mxq.numerics import check_finite
 
@@ -267,11 +261,7 @@ def open_source(
     """
     return_freed_memory()
     folder = resolve_folder(model, revision=revision)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json: it is not a Hugging Face model folder")
-    check_links(folder)
-    files, fields = checkpoint_files(folder), read_json(folder / "config.json")
-    check_config(folder / "config.json", fields, files)
+    files = check_folder(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:

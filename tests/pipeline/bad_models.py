@@ -90,6 +90,11 @@ WEIGHTS: Mapping[str, Case] = {
             "model.layers.0.mlp.shared_expert.up_proj.weight", lambda w: 1e38 * w
         ),
     ),
+    "weights that overflow, text by the model": Case(
+        ("logits of", "are not finite while it writes calibration text", "give text of your own"),
+        RUN + " --calibration self",
+        damage.tensor("lm_head.weight", lambda w: 1e38 * w),
+    ),
     "an expert that no token reaches": Case(
         ("experts got no token at all", "e.g. layers.0.experts.4"),
         mistake=damage.unreached_experts,
@@ -221,6 +226,14 @@ FOLDERS: Mapping[str, Case] = {
         ("hidden_size", "1000000000000"), mistake=damage.config(hidden_size=10**12)
     ),
     "a head of a trillion": Case(("head_dim",), mistake=damage.config(head_dim=10**12)),
+    "an activation that does not exist": Case(
+        ("transformers cannot build a Qwen2MoeConfig of these sizes", "config.json is damaged"),
+        mistake=damage.config(hidden_act="nonesuch"),
+    ),
+    "sizes that do not fit each other": Case(
+        ("config.json",),
+        mistake=damage.config(num_attention_heads=0),
+    ),
     "a layer more than the files hold": Case(
         ("weights of its own architecture, first 'model.layers.2.",),
         mistake=damage.config(num_hidden_layers=3, layer_types=None),

@@ -273,7 +273,12 @@ STALE: Mapping[str, Case] = {
     "a checkpoint of a billion layers": Case(
         ("num_hidden_layers", "1000000000"),
         EVALUATE,
-        damage.config("packed/config.json", num_hidden_layers=10**9),
+        damage.config("packed/config.json", num_hidden_layers=10**9, layer_types=None),
+    ),
+    "a checkpoint of more layers than files": Case(
+        ("config.json says num_hidden_layers is 100, but this checkpoint has 3 files",),
+        EVALUATE,
+        damage.config("packed/config.json", num_hidden_layers=100, layer_types=None),
     ),
     "an edited plan of a checkpoint": Case(
         ("mxq_plan.json was edited or damaged",),
