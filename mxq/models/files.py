@@ -107,7 +107,9 @@ def open_safetensors(path: Path) -> Any:
             raise ValueError(f"{path} is named by the index but absent; the download is incomplete")
         return safe_open(path, "pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+        raise ValueError(
+            f"{path} is not a whole safetensors file: {error}; copy or download it again"
+        ) from error
 
 
 def _indexed_files(index: Path) -> dict[str, str]:

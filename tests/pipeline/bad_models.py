@@ -12,31 +12,31 @@ WEIGHTS: Mapping[str, Case] = {
         mistake=damage.remove("model/model.safetensors"),
     ),
     "empty weights": Case(
-        ("model.safetensors is not a whole safetensors file",),
+        ("model.safetensors is not a whole safetensors file", "copy or download it again"),
         mistake=damage.write("model/model.safetensors", b""),
     ),
     "weights cut in the tensors": Case(
-        ("model.safetensors is not a whole safetensors file",),
+        ("model.safetensors is not a whole safetensors file", "copy or download it again"),
         mistake=damage.cut("model/model.safetensors", -100),
     ),
     "weights cut in the header": Case(
-        ("model.safetensors is not a whole safetensors file",),
+        ("model.safetensors is not a whole safetensors file", "copy or download it again"),
         mistake=damage.cut("model/model.safetensors", 100),
     ),
     "a flipped bit in the header": Case(
-        ("model.safetensors is not a whole safetensors file",),
+        ("model.safetensors is not a whole safetensors file", "copy or download it again"),
         mistake=damage.flip("model/model.safetensors", 8),
     ),
     "a flipped bit in the length of the header": Case(
-        ("model.safetensors is not a whole safetensors file",),
+        ("model.safetensors is not a whole safetensors file", "copy or download it again"),
         mistake=damage.flip("model/model.safetensors", 7),
     ),
     "a header that claims 2^60 elements": Case(
-        ("model.safetensors is not a whole safetensors file",),
+        ("model.safetensors is not a whole safetensors file", "copy or download it again"),
         mistake=damage.header(lambda h: h["lm_head.weight"].update(shape=[2**30, 2**30])),
     ),
     "a header with an unknown type": Case(
-        ("model.safetensors is not a whole safetensors file",),
+        ("model.safetensors is not a whole safetensors file", "copy or download it again"),
         mistake=damage.header(lambda h: h["lm_head.weight"].update(dtype="F7")),
     ),
     "a weight of integers": Case(

@@ -243,7 +243,7 @@ STALE: Mapping[str, Case] = {
         damage.flip("packed/model-layer-00000.safetensors", -1),
     ),
     "a checkpoint that was cut": Case(
-        ("is damaged or was edited: its SHA-256 is", "copy or download it again"),
+        ("is not a whole safetensors file", "copy or download it again"),
         EVALUATE,
         damage.cut("packed/model-layer-00000.safetensors", -50),
     ),
