@@ -37,6 +37,10 @@ SEARCH_SECONDS = 5.0
 """Time to find out which process was lost."""
 
 
+LINGER_SECONDS = 1.0
+"""A survivor that has nothing to tell stays so long, lest it is taken for a lost one too."""
+
+
 class PeerError(RuntimeError):
     """Another process of the run stopped or was lost; one of those that are left tells it."""
 
@@ -174,13 +178,16 @@ class Team:
                 "run the same command again to go on",
                 is_mine_to_tell=True,
             )
-        names = f"process {lost[0]}" if len(lost) == 1 else f"processes {', '.join(map(str, lost))}"
+        numbers = ", ".join(map(str, lost))
+        names = f"process {numbers}" if len(lost) == 1 else f"processes {numbers}"
         hosts = sorted({self.members[rank].host for rank in lost})
-        left = [rank for rank in range(self.size) if rank not in lost]
+        is_mine = self.rank == min(rank for rank in range(self.size) if rank not in lost)
+        if not is_mine:
+            time.sleep(LINGER_SECONDS)
         return PeerError(
-            f"{names} of {self.size} on {', '.join(hosts)} was lost: killed, or out of memory; "
-            "run the same command again to go on from the last finished layer",
-            is_mine_to_tell=self.rank == left[0],
+            f"{names} of {self.size} on {', '.join(hosts)} ended without a word (killed, or out of "
+            "memory); run the same command again to go on from the last finished layer",
+            is_mine_to_tell=is_mine,
         )
 
     def _find_lost(self, seconds: float) -> list[int]:

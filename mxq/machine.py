@@ -37,10 +37,14 @@ class Rates:
 
 
 def machine(folder: Path) -> Machine:
-    """What is free for this process, and in the folder or the nearest one above it that exists."""
+    """What is free for this process, and in the folder or the nearest one above it that exists.
+
+    Layers that a stopped run has packed there count as free: they are not written again.
+    """
+    packed = sum(path.stat().st_size for path in folder.glob("packed-*/*"))
     while not folder.exists():
         folder = folder.parent
-    return Machine(_free_memory(), shutil.disk_usage(folder).free)
+    return Machine(_free_memory(), shutil.disk_usage(folder).free + packed)
 
 
 def measure_rates() -> Rates:

@@ -41,7 +41,7 @@ from mxq.profiling.draw import draw_calibration
 from mxq.profiling.losses import LayerLosses, MeasureSettings
 from mxq.profiling.measure import Sharing, measure
 from mxq.progress import Report
-from mxq.publish import check_apart, check_known, check_output
+from mxq.publish import check_apart, check_known, check_output, find_record
 from mxq.resources import Announce, check_quantize
 from mxq.search.allocate import check_solved_on
 from mxq.workspace import (
@@ -70,8 +70,8 @@ def run_quantize(
     """Quantize a model and write a checkpoint that ``from_pretrained`` loads.
 
     ``data`` replaces the calibration named in the options, ``announce`` is told what the run will
-    need. A run that was stopped goes on with
-    what is in its work folder, one that has ended returns at once.
+    need. A run that was stopped goes on with what is in its work folder, one that has ended
+    returns at once.
 
     Raises:
         ValueError: For anything that the user can mend; nothing is left half-written.
@@ -82,13 +82,8 @@ def run_quantize(
     if work.team.leads:
         check_output(options.output, may_go_on=choices is None)
     adapter = open_adapter(options.model)
-    check_request(adapter, options.allocate, measured, options.output, choices)
-    check_quantize(adapter, options, measured, choices, announce if work.team.leads else None)
-    if work.team.leads and choices is None:
-        known = _recorded(adapter, measure_settings(adapter, measured, None))
-        if options.allocate.bits is not None:
-            known["bits"] = options.allocate.bits
-        check_known(options.output, adapter.source.digest(), known)
+    if work.team.leads:
+        _check(adapter, options, measured, choices, announce)
     with work.locked():
         tokens, profile = run_profile(
             work, adapter, options.model, options.calibration, measured, data=data, report=report
@@ -99,6 +94,24 @@ def run_quantize(
             plans = {"plan": plans["plan"]}
         finish = Finish(work, adapter, tokens, profile, table, measured, options.output, choices)
         return pack_and_choose(finish, plans, report)
+
+
+def _check(
+    adapter: ModelAdapter,
+    options: QuantizeOptions,
+    measured: MeasureOptions,
+    choices: Choices | None,
+    announce: Announce | None,
+) -> None:
+    """Raise ValueError for what is wrong or lacking, before anything is computed."""
+    check_request(adapter, options.allocate, measured, options.output, choices)
+    if choices is None:
+        known = _recorded(adapter, measure_settings(adapter, measured, None))
+        if options.allocate.bits is not None:
+            known["bits"] = options.allocate.bits
+        check_known(options.output, adapter.source.digest(), known)
+    if find_record(options.output.output) is None or options.output.overwrite:
+        check_quantize(adapter, options, measured, choices, announce)
 
 
 def plan_again(work: Workspace, options: AllocateOptions) -> dict[str, Allocation]:
@@ -130,11 +143,11 @@ def pack_again(
     team = work.team
     if team.leads:
         check_output(output, may_go_on=choices is None)
-    with work.locked():
-        found = team.from_lead(_Planned, lambda: _planned(work))
-        adapter = open_adapter(found.settings.model)
-        check_apart(output, adapter.source.folder)
         check_writable(output.output)
+    found = team.from_lead(_Planned, lambda: _planned(work))
+    adapter = open_adapter(found.settings.model)
+    check_apart(output, adapter.source.folder)
+    with work.locked():
         tokens, profile = share_calibration(
             team, lambda: _calibration_of(work, adapter, found.settings, found.table)
         )

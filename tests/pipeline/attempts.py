@@ -3,10 +3,12 @@
 This file is also a program: a process that imports mxq once and forks a child for every request.
 """
 
+import importlib
 import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,13 +24,19 @@ class Stop:
 
     ``flush`` counts the calls of fsync. A file is flushed when it has its content and not yet its
     name, its folder when it has; half of the files are cut before the process dies. ``limit`` is
-    the largest file that the process may write.
+    the largest file that the process may write. ``call`` is the function in whose call of that
+    ``number`` the process dies, or raises ValueError with the text ``error``. In a team all of
+    this is done to the process of that ``rank``.
     """
 
     seconds: float | None = None
     signal: int = signal.SIGKILL
     flush: int | None = None
     limit: int | None = None
+    call: str | None = None
+    number: int = 1
+    error: str | None = None
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -42,26 +50,33 @@ class Attempt:
 
 
 @contextmanager
-def attempts(folder):
-    """``attempt(arguments, stop, environment)``: one run of the command line in a child."""
+def attempts(folder, setup=""):
+    """``attempt(arguments, stop)``: one run of the command line in a child.
+
+    ``attempt.team(arguments, folders, stop)`` is one run of a process for each folder, which it
+    works in; the ends of all, by rank. ``setup`` is ``NAME=NUMBER``, a constant to change.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     server = subprocess.Popen(
-        [sys.executable, __file__, str(folder)],
+        [sys.executable, __file__, str(folder), setup],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=environment,
         text=True,
     )
 
-    def start(arguments, stop=None, environment=None):
-        request = [[str(a) for a in arguments], asdict(stop or Stop()), environment or {}]
+    def team(arguments, folders, stop=None):
+        for place in folders:
+            place.mkdir(parents=True, exist_ok=True)
+        request = [[str(a) for a in arguments], [str(f) for f in folders], asdict(stop or Stop())]
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
+        return [Attempt(*end) for end in json.loads(server.stdout.readline())]
 
     def attempt(arguments, stop=None):
-        start(arguments, stop)
-        return Attempt(*json.loads(server.stdout.readline()))
+        return team(arguments, [folder], stop)[0]
 
+    attempt.team = team
     try:
         yield attempt
     finally:
@@ -70,23 +85,51 @@ def attempts(folder):
         server.wait()
 
 
-def _serve(folder):
+def _serve(folder, setup):
     import mxq.cli  # noqa: F401  (before the first fork)
 
-    for number, line in enumerate(sys.stdin):
-        arguments, stop, environment = json.loads(line)
-        printed = [folder / f"{number}.stdout", folder / f"{number}.stderr"]
-        started = time.monotonic()
-        child = os.fork()
-        if child == 0:
-            _run(arguments, Stop(**stop), environment, printed)
+    if setup:
+        name, _, number = setup.partition("=")
+        module, _, constant = name.rpartition(".")
+        setattr(importlib.import_module(module), constant, int(number))
+
+    for request, line in enumerate(sys.stdin):
+        arguments, folders, stop = json.loads(line)
+        port, started, children = _free_port(), time.monotonic(), []
+        for rank, place in enumerate(folders):
+            printed = [folder / f"{request}-{rank}.{name}" for name in ("stdout", "stderr")]
+            child = os.fork()
+            if child == 0:
+                os.chdir(place)
+                if len(folders) > 1:
+                    _join(rank, len(folders), port)
+                _run(arguments, Stop(**stop) if rank == stop["rank"] else Stop(), printed)
+            children.append((child, printed))
         if stop["seconds"] is not None:
-            _wait_until(child, started + stop["seconds"])
-            os.kill(child, stop["signal"])
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        texts = [path.read_text() for path in printed]
-        sys.stdout.write(json.dumps([status, time.monotonic() - started, *texts]) + "\n")
+            victim = children[stop["rank"]][0]
+            _wait_until(victim, started + stop["seconds"])
+            os.kill(victim, stop["signal"])
+        ends = [
+            [_status(child), time.monotonic() - started, *printed] for child, printed in children
+        ]
+        ends = [[*end[:2], *(path.read_text() for path in end[2:])] for end in ends]
+        sys.stdout.write(json.dumps(ends) + "\n")
         sys.stdout.flush()
+
+
+def _status(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def _join(rank, size, port):
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
 def _wait_until(child, deadline):
@@ -97,17 +140,18 @@ def _wait_until(child, deadline):
         time.sleep(0.002)
 
 
-def _run(arguments, stop, environment, printed):
+def _run(arguments, stop, printed):
     """Be the command; never returns."""
     import mxq.cli
 
     for descriptor, path in enumerate(printed, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), descriptor)
-    os.environ.update(environment)
     if stop.flush is not None:
         _die_at_flush(stop.flush)
     if stop.limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (stop.limit, stop.limit))
+    if stop.call is not None:
+        _end_at_call(stop)
     status = 1
     try:
         mxq.cli.app(arguments)
@@ -135,5 +179,21 @@ def _die_at_flush(number):
     os.fsync = count
 
 
+def _end_at_call(stop):
+    module, _, name = stop.call.rpartition(".")
+    place, left = importlib.import_module(module), [stop.number]
+    function = getattr(place, name)
+
+    def count(*arguments, **options):
+        left[0] -= 1
+        if left[0] == 0 and stop.error is not None:
+            raise ValueError(stop.error)
+        if left[0] == 0:
+            os.kill(os.getpid(), stop.signal)
+        return function(*arguments, **options)
+
+    setattr(place, name, count)
+
+
 if __name__ == "__main__":
-    _serve(Path(sys.argv[1]))
+    _serve(Path(sys.argv[1]), sys.argv[2])
