@@ -38,7 +38,7 @@ SEARCH_SECONDS = 5.0
 
 
 LINGER_SECONDS = 1.0
-"""A survivor that has nothing to tell stays so long, lest it is taken for a lost one too."""
+"""A survivor stays so long, lest the others take it for a lost one too."""
 
 
 class PeerError(RuntimeError):
@@ -182,8 +182,7 @@ class Team:
         names = f"process {numbers}" if len(lost) == 1 else f"processes {numbers}"
         hosts = sorted({self.members[rank].host for rank in lost})
         is_mine = self.rank == min(rank for rank in range(self.size) if rank not in lost)
-        if not is_mine:
-            time.sleep(LINGER_SECONDS)
+        time.sleep(LINGER_SECONDS)
         return PeerError(
             f"{names} of {self.size} on {', '.join(hosts)} ended without a word (killed, or out of "
             "memory); run the same command again to go on from the last finished layer",
@@ -195,12 +194,13 @@ class Team:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             gone = [rank for rank, member in enumerate(self.members) if member.is_gone()]
-            try:
-                assert self.store is not None
-                seen = self.store.compare_set("lost", "", json.dumps(gone) if gone else "")
-                gone = json.loads(seen) if seen else gone
-            except RuntimeError:
-                pass  # the store went down with its process; what is seen from here has to do
+            if 0 not in gone:  # else the store may be gone with it
+                try:
+                    assert self.store is not None
+                    seen = self.store.compare_set("lost", "", json.dumps(gone) if gone else "")
+                    gone = json.loads(seen) if seen else gone
+                except RuntimeError:
+                    pass  # it is; what is seen from here has to do
             if gone:
                 return gone
             time.sleep(0.02)
