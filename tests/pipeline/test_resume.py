@@ -140,7 +140,7 @@ FAST = {
     "schemes": MENU,
     "bits": 4.5,
     "quantizer": "rtn",
-    "rotation": "off",
+    "rotation": "on",
 }
 
 
@@ -225,6 +225,29 @@ def test_a_measured_loss_is_not_measured_again(model, whole, monkeypatch, tmp_pa
     assert files_of(tmp_path / "out") == files_of(whole.folder)
 
 
+def test_a_run_stopped_while_it_publishes_leaves_no_model_and_moves_the_rest(
+    model, whole, layers_done, monkeypatch, tmp_path
+):
+    moved = []
+
+    def fail_at_the_fourth(path, target):
+        if len(moved) == 3:
+            raise Stopped
+        moved.append(target.name)
+        path.replace(target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mxq.publish.move_whole", fail_at_the_fourth)
+        with pytest.raises(Stopped):
+            mxq.quantize(model, output=tmp_path / "out", **FAST)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"mxq_run.json", *moved} < names
+    assert "config.json" not in names
+    monkeypatch.setattr(finish, "pack", None)
+    assert mxq.quantize(model, output=tmp_path / "out", **FAST).losses == whole.losses
+    assert files_of(tmp_path / "out") == files_of(whole.folder)
+
+
 def test_a_finished_run_returns_its_result_at_once(model, whole, monkeypatch, tmp_path):
     def fail(*arguments, **options):
         raise AssertionError("done again")
@@ -296,7 +319,7 @@ def other_weights(folder):
     [
         ("model", "another model"),
         ("text", "other calibration text"),
-        ("settings", "other settings (rotation: off -> on)"),
+        ("settings", "other settings (rotation: on -> off)"),
         ("versions", "torch: 1.0 -> "),
     ],
 )
@@ -315,7 +338,7 @@ def test_layers_of_other_inputs_are_measured_again_and_the_change_is_named(
     if change == "text":
         options["calibration"] = token_ids(9, 16, seed=8)
     if change == "settings":
-        options["rotation"] = "on"
+        options["rotation"] = "off"
     with caplog.at_level(logging.WARNING, "mxq"):
         stopped(folder, tmp_path / "out", "measure", 3, **options)
     assert layers_done["measured"] == [2, 1, 2, 1, 0]
@@ -344,7 +367,7 @@ def test_the_result_of_other_options_is_refused_before_anything_is_computed(
 ):
     for change, words in (
         ({"bits": 3}, "bits: 4.5 -> 3"),
-        ({"rotation": "on"}, "rotation: off -> on"),
+        ({"rotation": "off"}, "rotation: on -> off"),
     ):
         options = {**FAST, "work": tmp_path / "work", **change}
         with pytest.raises(ValueError, match=f"holds the result of another run, .*{words}"):
