@@ -54,7 +54,8 @@ class Needs:
 class Workload:
     """The tokens of a run and what is done with them.
 
-    ``plans`` are packed and measured, each of about ``bits`` per weight.
+    ``plans`` are packed and measured, each of about ``bits`` per weight. ``processes`` share the
+    work; memory is that of each of them.
     """
 
     fit_tokens: int
@@ -64,6 +65,7 @@ class Workload:
     plans: int
     bits: float
     limit_bytes: int
+    processes: int = 1
 
     @property
     def tokens(self) -> int:
@@ -277,14 +279,17 @@ def _disk(sizes: Sizes, work: Workload) -> dict[str, int]:
 def _seconds(sizes: Sizes, work: Workload, rates: Rates) -> dict[str, float]:
     """Seconds of each stage: products, clip searches, and reading the layers."""
     blocks = [block for layer in sizes.blocks for block in layer]
-    active = sum(b.weights * (1.0 if b.expert is None else sizes.share) for b in blocks)
+    idle = sum(b.weights * (1.0 - sizes.share) for b in blocks if b.expert is not None)
+    active = sum(sizes.layer_elements) - idle
     forward = 2.0 * active / rates.operations_per_second
     read = sizes.stored_bytes / rates.read_bytes_per_second
     integers = [scheme for scheme in work.settings.schemes if scheme.kind == "int"]
     gptq = work.settings.method.name != "rtn"
     tries = 3 if work.settings.rotation == "auto" and len(work.settings.schemes) > 1 else 1
-    one = _one_scheme(blocks, rates, gptq)
+    # Blocks are dealt to the processes; every one of them runs the layers.
+    one = _one_scheme(blocks, rates, gptq) / work.processes
     moments = _moments(sizes, blocks, work.fit_tokens) / rates.operations_per_second
+    moments /= work.processes
     # Forward twice and backward once, or forward once; the experts' probes; outputs by scheme.
     runs = (5 if work.settings.sensitivity.needs_gradients else 3) + 2 * len(work.settings.schemes)
     measured = (len(integers) + (tries - 1)) * one + tries * moments

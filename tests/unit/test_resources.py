@@ -109,9 +109,21 @@ def test_a_forward_counts_the_experts_that_a_token_takes(adapter):
     sizes = sizes_of(adapter)
     slow = Rates(1e6, 1e30, 1e30)
     work = replace(work_of(adapter), plans=0)
-    # Two operations a weight; two of four experts and the shared one; 16 held-out tokens.
-    forward = 2 * 2 * (EXPERTS / 2 + SHARED) * 16 / 1e6
+    # Two operations a weight; two of four experts are idle; 16 held-out tokens.
+    forward = 2 * (sum(sizes.layer_elements) - 2 * EXPERTS / 2) * 16 / 1e6
     assert estimate(sizes, work, slow).seconds["measured loss"] == pytest.approx(forward)
+
+
+def test_processes_share_the_quantizing_but_not_the_forwards(adapter):
+    sizes, free = sizes_of(adapter), replace(RATES, read_bytes_per_second=1e30)
+    one, four = (
+        estimate(sizes, replace(work_of(adapter), processes=n), free).seconds for n in (1, 4)
+    )
+    search = 2 * 2 * (EXPERTS + SHARED) / 1e6
+    # x'x of 160 tokens for inputs of 64, 64 and 32, once shared and by four experts at half.
+    moments = 2 * 3 * 2 * 160 * (64**2 + 64**2 + 32**2) / 1e9
+    assert one["measure"] - four["measure"] == pytest.approx(0.75 * (search + moments))
+    assert one["profile"] == four["profile"]
 
 
 # Refusals
