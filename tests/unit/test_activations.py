@@ -193,3 +193,12 @@ def test_inputs_of_a_later_batch_at_the_same_address_are_not_taken_for_the_first
         captures.end_batch()
     joined = captures.join(0)["a"].x_TK
     assert joined[::64, 0].tolist() == [float(number) for number in range(20)]
+
+
+def test_a_tensor_that_takes_the_place_of_one_of_the_same_batch_is_not_taken_for_it(tmp_path):
+    captures = Captures(ActivationStore(0, tmp_path))
+    for number in range(20):
+        captures.add(Capture(f"site {number}", torch.full((64, 64), float(number))))
+    captures.end_batch()
+    sites = captures.join(0)
+    assert [float(sites[f"site {n}"].x_TK[0, 0]) for n in range(20)] == list(range(20))
