@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from mxq.models.lockstep import LayerCall, hidden_of, run_in_lockstep
+from mxq.models.activations import ActivationStore
+from mxq.models.lockstep import LayerCall, hidden_of, run_calls, run_in_lockstep
 
 
 class Layer(nn.Module):
@@ -153,6 +154,30 @@ def test_a_graph_grows_behind_a_hidden_state_that_wants_one():
     lockstep(Model(), on_layer=on_layer, on_result=on_result)
     # Only the last layer, x -> 2 x + 100, lies behind the kept states.
     assert all((grad == 2.0).all() for grad in grads)
+
+
+def test_waiting_hidden_states_are_in_the_store_from_the_first_layer_on(tmp_path):
+    store, found = ActivationStore(0, tmp_path), {}
+
+    def on_layer(layer, calls):
+        assert all(store.is_on_disk(call.hidden) for call in calls)
+        outputs = run_calls(calls, store)
+        assert all(store.is_on_disk(hidden_of(output)) for output in outputs)
+        return outputs
+
+    model = Model()
+    run_in_lockstep(
+        model,
+        list(model.layers),
+        BATCHES,
+        on_layer,
+        lambda batch, result: found.update({batch: result.logits.clone()}),
+        store=store,
+    )
+    for batch, ids in enumerate(BATCHES):
+        assert torch.equal(found[batch], 8.0 * ids[..., None] + 124)
+    # One layer's inputs and outputs of seven ids, and nothing after the run.
+    assert (store.peak_disk_bytes, store.disk_bytes) == (2 * 7 * 4, 0)
 
 
 def test_layers_have_their_own_forward_again_afterwards():
