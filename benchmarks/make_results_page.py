@@ -11,6 +11,7 @@ from typing import Any
 
 from compiled_page import compiled_sections
 from group_gemm.page import timing_sections
+from speed.page import speed_sections
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -43,6 +44,12 @@ def main() -> None:
         parts += accuracy_section(path.name, json.loads(path.read_text()))
     for path in sorted(RESULTS.glob("solver-*.json")):
         parts += solver_section(path.name, json.loads(path.read_text()))
+    parts += speed_sections(
+        {
+            path.name: json.loads(path.read_text())
+            for path in sorted(RESULTS.glob("pipeline-*.json"))
+        }
+    )
     timings = {path.name: json.loads(path.read_text()) for path in _group_gemm_files()}
     parts += timing_sections(timings)
     for path in sorted(RESULTS.glob("kernels-compiled.json")):

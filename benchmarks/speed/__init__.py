@@ -1,0 +1,1 @@
+"""Parts of ``bench_pipeline.py``: cases, models, the clock inside mxq, its runner, the page."""

@@ -1,0 +1,160 @@
+"""The section "Speed" of the results page, from results files alone."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from speed.cases import ORDER, shares
+from speed.goals import Goal, goals_of
+
+Row = Mapping[str, Any]
+
+NAMES: Mapping[str, str] = {
+    "small/mxq": "mxq: all stages",
+    "small/mxq-one-scheme": "mxq: all stages, one scheme",
+    "small/autoround": "AutoScheme on all samples, rounding without tuning, export",
+    "small/autoround-default-scoring": "the same, scored on its default of 16 x 128 tokens",
+    "small/llmcompressor": "llm-compressor: GPTQ, one scheme",
+    "random/mxq": "mxq: all stages",
+    "random/llmcompressor": "llm-compressor: GPTQ, one scheme",
+}
+
+LEAST_SHARE = 0.005
+"""Parts below this share of a run are summed up in one line."""
+
+
+def speed_sections(files: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Sections of all files, or one that says that there is none."""
+    if not files:
+        return [
+            "## Speed of the pipeline",
+            "",
+            "Not measured: there is no `pipeline-*.json` (see `benchmarks/bench_pipeline.py`).",
+            "",
+        ]
+    lines = []
+    for name, results in files.items():
+        lines += _section(name, results)
+    return lines
+
+
+def _section(name: str, results: Mapping[str, Any]) -> list[str]:
+    rows: Sequence[Row] = results["rows"]
+    settings, machine = results["settings"], results["machine"]
+    gib = machine["memory_bytes"] / 2**30
+    return [
+        f"## Speed of the pipeline: {settings['threads']} threads",
+        "",
+        f"`{name}`, {results['date'][:10]}; {machine['processor']}, {machine['cores']} cores, "
+        f"{gib:.0f} GiB. Calibration {settings['small_samples']} x {settings['seqlen']} tokens of "
+        f"{settings['calibration']} ({settings['random_samples']} x {settings['seqlen']} random "
+        "ones for the random model), the same ids for all; mxq holds out one more row for every "
+        "eight. Each run is a process of its own with cold caches. Every linear of the decoder "
+        "layers is quantized; seconds count loading the model and writing the result, not imports; "
+        "held-out loss is in the time of mxq only. Candidates of mxq: "
+        f"{', '.join(settings['mxq_schemes'])}; of AutoScheme: "
+        f"{', '.join(settings['autoround_schemes'])}; both at {settings['bits']:g} bits per "
+        "weight. "
+        f"llm-compressor rounds to {settings['one_scheme']} and passes every token through every "
+        "expert, its default.",
+        "",
+        *_totals(rows),
+        "",
+        *(_goal_line(goal) for goal in goals_of(rows)),
+        "",
+        *_where(rows),
+        *_left_out(rows),
+    ]
+
+
+def _totals(rows: Sequence[Row]) -> list[str]:
+    """A line for each case that was run: medians, and the spread where there are several runs."""
+    lines = [
+        "| model | tool | seconds | of processors | s per million parameters | imports, s "
+        "| load at start | held-out nats |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for case in ORDER:
+        found = [row for row in rows if row["case"] == case and "total_s" in row]
+        if not found:
+            continue
+        total, parameters = _median(found, "total_s"), found[0]["model"]["parameters"]
+        spread = [row["total_s"] for row in found]
+        between = f" ({min(spread):.1f} to {max(spread):.1f})" if len(spread) > 1 else ""
+        loss = f"{_median(found, 'nll'):.4f}" if "nll" in found[0] else "-"
+        lines.append(
+            f"| {_model(found[0])} | {NAMES[case]}; {_versions(found[0])} | {total:.1f}{between} "
+            f"| {_median(found, 'processor_s'):.1f} | {total / parameters * 1e6:.3f} "
+            f"| {_median(found, 'import_s'):.1f} | {_median(found, 'load_at_start'):.1f} | {loss} |"
+        )
+    original = [row["original_nll"] for row in rows if row["case"] == "small/mxq" and "nll" in row]
+    if original:
+        lines += ["", f"The original of the small model has {original[0]:.4f} held-out nats."]
+    return lines
+
+
+def _goal_line(goal: Goal) -> str:
+    found = "" if goal.found is None else f", found {goal.found:.2f}"
+    return f"- {goal.text}: at least {goal.least:g} times{found} (**{goal.verdict}**)"
+
+
+def _where(rows: Sequence[Row]) -> list[str]:
+    """Tables of stages, and of the parts of every stage, of mxq's first run on each model."""
+    lines = []
+    for case in ("small/mxq", "random/mxq"):
+        found = [row for row in rows if row["case"] == case and "clock" in row]
+        if found:
+            lines += [f"Where the time of mxq goes, {_model(found[0])}:", "", *_parts(found[0]), ""]
+    return lines
+
+
+def _parts(row: Row) -> list[str]:
+    clock = row["clock"]
+    million = row["model"]["parameters"] / 1e6
+    stages = list(shares(clock, "stage"))
+    ranked = sorted(shares(clock, "part").items(), key=lambda item: -item[1])
+    large = [part for part, share in ranked if share >= LEAST_SHARE]
+    seconds: dict[tuple[str, str], float] = {}
+    for entry in clock:
+        part = entry["part"] if entry["part"] in large else "all others"
+        place = entry["stage"], part
+        seconds[place] = seconds.get(place, 0.0) + entry["wall_s"]
+    total = sum(seconds.values())
+    rest = [part for part in large if part != "other"]
+    lines = [
+        f"| share of the time | {' | '.join(stages)} | all |",
+        f"| --- |{' ---: |' * (len(stages) + 1)}",
+    ]
+    for part in (*rest, *(["other"] if "other" in large else []), "all others"):
+        cells = [seconds.get((stage, part), 0.0) / total for stage in stages]
+        lines.append(_table_line(part, [f"{cell:.1%}" for cell in (*cells, sum(cells))]))
+    sums = [sum(s for (at, _), s in seconds.items() if at == stage) for stage in stages]
+    lines.append(_table_line("all", [f"{cell / total:.1%}" for cell in (*sums, total)]))
+    per_million = [f"{cell / million:.3f}" for cell in (*sums, total)]
+    return [*lines, _table_line("seconds per million parameters", per_million)]
+
+
+def _table_line(name: str, cells: Sequence[str]) -> str:
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def _left_out(rows: Sequence[Row]) -> list[str]:
+    lines = [
+        f"- {row['case']}: {'failed' if 'error' in row else row['skipped']}"
+        for row in rows
+        if "total_s" not in row
+    ]
+    return ["Left out:", "", *lines, ""] if lines else []
+
+
+def _median(rows: Sequence[Row], key: str) -> float:
+    return statistics.median(row[key] for row in rows)
+
+
+def _model(row: Row) -> str:
+    model = row["model"]
+    return f"{model['name']} ({model['family']}, {model['parameters'] / 1e6:,.1f} M)"
+
+
+def _versions(row: Row) -> str:
+    return ", ".join(f"{name} {text}" for name, text in row["versions"].items())
