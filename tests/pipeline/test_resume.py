@@ -115,7 +115,7 @@ def test_an_interrupted_run_says_so_and_goes_on(attempt, command, undisturbed, s
     assert files_of(folder) == files_of(undisturbed[0])
 
 
-@pytest.mark.parametrize("limit", [1000, 30_000])
+@pytest.mark.parametrize("limit", [8000, 30_000])
 def test_a_file_that_the_disk_does_not_take_is_named(
     attempt, command, undisturbed, limit, tmp_path
 ):
