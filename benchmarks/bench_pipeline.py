@@ -4,8 +4,8 @@
         --json benchmarks/results/pipeline-NAME.json
 
 Cases, each in a fresh process with cold caches: mxq (eight schemes, GPTQ, every default) on a small
-model and on a random one of 10^9 parameters that is written here; AutoRound's AutoScheme with
-export and llm-compressor's GPTQ on the small one, in environments of their own
+model and, with four schemes, on a random one of 10^9 parameters that is written here; AutoRound's
+AutoScheme with export and llm-compressor's GPTQ on the small one, in environments of their own
 (benchmarks/peers/make_environments.sh FOLDER). All get the same token ids and number of threads,
 quantize every linear of the decoder layers, and load the model within the time; imports are timed
 apart. The file is written after each case, and the same command goes on where it stopped. Nothing
@@ -20,7 +20,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -40,13 +40,13 @@ from speed.models import (
 from speed.processes import python_of, run_case
 
 QUICK = Amounts(small_samples=8, random_samples=8, seqlen=64, schemes=5)
-QUICK_SHAPE = RandomShape(gb=0.06, layers=1, vocabulary=1000)
+QUICK_SHAPE = RandomShape(gb=0.05, layers=1, vocabulary=1000)
 
 
 def main() -> int:
     """Run what the results file lacks; the exit status is 1 if a case failed."""
     arguments = _arguments()
-    amounts = QUICK if arguments.quick else _amounts(arguments)
+    amounts = _amounts(arguments)
     shape = QUICK_SHAPE if arguments.quick else RandomShape(arguments.random_gb)
     results = _open_results(arguments, amounts, shape)
     room = Path(tempfile.mkdtemp(prefix="mxq-speed-", dir=arguments.folder))
@@ -178,12 +178,15 @@ def _machine() -> dict[str, Any]:
 
 
 def _amounts(arguments: argparse.Namespace) -> Amounts:
+    if arguments.quick:
+        return replace(QUICK, threads=arguments.threads)
     return Amounts(
         small_samples=arguments.samples,
         random_samples=arguments.random_samples,
         seqlen=arguments.seqlen,
         bits=arguments.bits,
         threads=arguments.threads,
+        all_on_random=arguments.random_all_schemes,
     )
 
 
@@ -203,6 +206,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--bits", type=float, default=Amounts.bits)
     parser.add_argument("--threads", type=int, default=Amounts.threads)
     parser.add_argument("--random-gb", type=float, default=RandomShape.gb, help="10^9 B of bf16")
+    parser.add_argument("--random-all-schemes", action="store_true", help="eight, not four")
     parser.add_argument("--random-peer", action="store_true", help="llm-compressor on it too")
     parser.add_argument("--folder", type=Path, help="where there is room (twice the random model)")
     parser.add_argument("--seed", type=int, default=0)

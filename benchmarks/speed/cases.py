@@ -11,6 +11,9 @@ SCHEMES = (
 )
 """Candidates of mxq."""
 
+RANDOM_SCHEMES = ("w2a16_g128_asym", "w3a16_g128_asym", "w4a16_g128_asym", "w8a16_g128_asym")
+"""Fewer on the random model, so that the case takes minutes, unless all are asked for."""
+
 PRESETS = ("W2A16G64", "W2A16", "W3A16G64", "W3A16", "W4A16", "W5A16", "W6A16", "W8A16")
 """AutoScheme's own presets of the same bits and groups; they are symmetric."""
 
@@ -38,6 +41,7 @@ class Amounts:
     random_samples: int = 16
     seqlen: int = 512
     schemes: int = len(SCHEMES)
+    all_on_random: bool = False
     bits: float = 3.25
     threads: int = 2
 
@@ -54,11 +58,18 @@ class Amounts:
         """Samples of the case's model."""
         return self.small_samples if case.startswith("small/") else self.random_samples
 
+    def mxq_schemes(self, case: str) -> list[str]:
+        """Candidates of mxq on the case's model."""
+        if case.startswith("small/") or self.all_on_random:
+            return list(SCHEMES[: self.schemes])
+        return list(RANDOM_SCHEMES[: self.schemes])
+
     def as_settings(self) -> dict[str, Any]:
         """What a results file is bound to."""
         return {
             **asdict(self),
-            "mxq_schemes": list(SCHEMES[: self.schemes]),
+            "mxq_schemes": self.mxq_schemes("small/mxq"),
+            "random_schemes": self.mxq_schemes("random/mxq"),
             "autoround_schemes": list(PRESETS[: self.schemes]),
             "one_scheme": ONE_SCHEME,
         }
@@ -82,7 +93,7 @@ def make_job(case: str, amounts: Amounts, *, model: Path, tokens: Path, room: Pa
         case "mxq":
             plan = f"uniform:{ONE_SCHEME}" if case.endswith("-one-scheme") else None
             bits = amounts.bits if plan is None else None
-            schemes = [] if plan else list(SCHEMES[: amounts.schemes])
+            schemes = [] if plan else amounts.mxq_schemes(case)
             return {**job, "plan": plan, "bits": bits, "schemes": schemes}
         case "autoround":
             scored = (amounts.samples(case), amounts.seqlen)

@@ -84,7 +84,7 @@ def test_a_run_of_mxq_is_counted_where_functions_were_imported_by_name(tmp_path)
     models.save_tokens(ids, tmp_path / "tokens.safetensors")
     job = cases.make_job(
         "small/mxq",
-        cases.Amounts(16, 16, 24, 2, 2.2, 1),
+        cases.Amounts(16, 16, 24, 2, bits=2.2, threads=1),
         model=models.small_model("demo"),
         tokens=tmp_path / "tokens.safetensors",
         room=tmp_path,
@@ -155,6 +155,15 @@ def test_jobs_of_one_model_share_tokens_threads_and_budget(tmp_path):
     assert scored == [(128, 512), (16, 128)]
     assert jobs["small/llmcompressor"]["batch_rows"] * AMOUNTS.seqlen == cases.BATCH_TOKENS
     json.dumps(jobs)
+
+
+def test_the_random_model_is_offered_four_of_the_schemes_unless_all_are_asked_for(tmp_path):
+    paths = {"model": tmp_path, "tokens": tmp_path, "room": tmp_path}
+    few = cases.make_job("random/mxq", AMOUNTS, **paths)["schemes"]
+    assert len(few) == 4
+    assert set(few) < set(cases.SCHEMES)
+    every = cases.make_job("random/mxq", cases.Amounts(all_on_random=True), **paths)["schemes"]
+    assert every == cases.make_job("small/mxq", AMOUNTS, **paths)["schemes"] == [*cases.SCHEMES]
 
 
 def test_the_random_peer_runs_only_when_asked_for():
@@ -323,3 +332,10 @@ def test_quick_runs_are_kept_out_of_the_results(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         bench_pipeline._arguments()
     assert "--quick measures nothing of worth" in capsys.readouterr().err
+
+
+def test_quick_runs_take_the_number_of_threads_that_is_asked_for(monkeypatch):
+    argv = ["bench_pipeline.py", "--quick", "--threads", "1", "--json", "quick.json"]
+    monkeypatch.setattr(sys, "argv", argv)
+    amounts = bench_pipeline._amounts(bench_pipeline._arguments())
+    assert amounts == cases.Amounts(8, 8, 64, 5, threads=1)
