@@ -61,6 +61,7 @@ def quantize(  # noqa: PLR0913  (each option stands alone and has a default)
     guard: bool = True,
     memory: str | int = "8GiB",
     force: bool = False,
+    compute: str = "auto",
     progress: Report | None = None,
 ) -> QuantizeResult:
     """Quantize a model to a budget and write a checkpoint that ``from_pretrained`` loads.
@@ -101,6 +102,7 @@ def quantize(  # noqa: PLR0913  (each option stands alone and has a default)
         memory: Most memory for kept activations, e.g. "8GiB", or in bytes; the rest goes to files
             in the work folder.
         force: Whether to start even if memory or disk look too small.
+        compute: Where to compute: "auto" (a CUDA GPU if there is one), "cpu", "cuda" or "cuda:N".
         progress: Called with ``(stage, step, done, total)``.
 
     Returns:
@@ -137,7 +139,9 @@ def quantize(  # noqa: PLR0913  (each option stands alone and has a default)
             quantizer if isinstance(quantizer, str) else "own",
             rotation,
         ),
-        resources=ResourceOptions(parse_size(memory) if isinstance(memory, str) else memory, force),
+        resources=ResourceOptions(
+            parse_size(memory) if isinstance(memory, str) else memory, force, compute
+        ),
     )
     data = None if calibration is None or isinstance(calibration, str) else calibration
     return run_quantize(

@@ -11,6 +11,41 @@ import typer
 from transformers.utils import logging
 
 from mxq import latency, latency_tables, pipeline, tables
+from mxq.cli_options import (
+    Bits,
+    Calibration,
+    Compute,
+    Device,
+    Floor,
+    FloorBits,
+    Force,
+    Granularity,
+    Guard,
+    Keep,
+    MaxLatency,
+    Memory,
+    Model,
+    Objective,
+    Output,
+    Overwrite,
+    Plan,
+    Quantizer,
+    R,
+    Revision,
+    Rotation,
+    Samples,
+    Schemes,
+    Scope,
+    Seed,
+    Sensitivity,
+    Seqlen,
+    Size,
+    Solver,
+    TieGateUp,
+    Tokens,
+    Work,
+    WorkOption,
+)
 from mxq.config import (
     AllocateOptions,
     CalibrationOptions,
@@ -37,57 +72,6 @@ app = typer.Typer(
 )
 
 Result = TypeVar("Result")
-
-Model = Annotated[str, typer.Argument(help="Hub id, model folder, or 'demo' (the embedded one).")]
-Work = Annotated[Path, typer.Argument(help="Work folder of an earlier run.")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
-Bits = Annotated[float | None, typer.Option(help="Stored bits per weight of the blocks.")]
-Size = Annotated[str | None, typer.Option(help="Size of all weight files, e.g. 5.2GiB.")]
-Plan = Annotated[str | None, typer.Option(help="Force a plan: uniform:SCHEME.")]
-Schemes = Annotated[
-    str | None, typer.Option(help="Candidates, e.g. w2a16_g128_asym,w4a16_g64_sym.")
-]
-Calibration = Annotated[
-    str | None,
-    typer.Option(help="wikitext2, c4, pile, demo, self, file:PATH or file:NAME=PATH,NAME=PATH."),
-]
-Samples = Annotated[int, typer.Option(help="Calibration samples.")]
-Seqlen = Annotated[int, typer.Option(help="Tokens of each sample.")]
-Seed = Annotated[int, typer.Option(help="Seed of the choice of samples.")]
-Floor = Annotated[int, typer.Option(help="Tokens below which an expert is topped up.")]
-Scope = Annotated[str, typer.Option(help="auto, experts (feed-forward side) or all.")]
-Keep = Annotated[
-    list[str] | None, typer.Option(help="Regular expression of parameters to leave; repeatable.")
-]
-Revision = Annotated[str | None, typer.Option(help="Revision of a hub model.")]
-Sensitivity = Annotated[str, typer.Option(help="fisher, layer_out or output_mse.")]
-Quantizer = Annotated[str, typer.Option(help="gptq or rtn.")]
-Rotation = Annotated[str, typer.Option(help="auto (by measured gain, per layer), on or off.")]
-Granularity = Annotated[
-    str, typer.Option(help="What shares a scheme: block, expert, projection or layer.")
-]
-TieGateUp = Annotated[bool, typer.Option(help="One scheme for gate and up of an expert.")]
-FloorBits = Annotated[float | None, typer.Option(help="Least mean bits of every layer.")]
-Objective = Annotated[str, typer.Option(help="loss (global) or mxmoe (per layer, L^r T^(1-r)).")]
-R = Annotated[float, typer.Option("--r", help="Exponent r of the mxmoe objective.")]
-Solver = Annotated[str, typer.Option(help="pulp or lagrangian.")]
-Device = Annotated[str | None, typer.Option(help="Device of latencies, e.g. h200, or a JSON file.")]
-Tokens = Annotated[int | None, typer.Option(help="Tokens of one step, for latencies.")]
-MaxLatency = Annotated[
-    float | None, typer.Option(help="Most milliseconds of all blocks for one step.")
-]
-WorkOption = Annotated[
-    Path | None, typer.Option("--work", help="Folder of the stages' results; default OUTPUT/work.")
-]
-Overwrite = Annotated[bool, typer.Option(help="Replace a checkpoint that --output holds.")]
-Guard = Annotated[
-    bool, typer.Option(help="Pack the uniform plan too and write the better of the two.")
-]
-
-Memory = Annotated[
-    str, typer.Option(help="Most memory for kept activations; the rest goes to files.")
-]
-Force = Annotated[bool, typer.Option(help="Start even if memory or disk look too small.")]
 
 
 @app.command()
@@ -123,6 +107,7 @@ def quantize(
     guard: Guard = True,
     memory: Memory = "8GiB",
     force: Force = False,
+    compute: Compute = "auto",
 ) -> None:
     """Quantize a model: profile, measure, allocate, pack, and measure the result."""
 
@@ -147,7 +132,7 @@ def quantize(
             OutputOptions(output, work, overwrite, guard),
             _calibration(model, calibration, samples, seqlen, seed, expert_floor),
             MeasureOptions(_schemes(schemes), sensitivity, quantizer, rotation),
-            ResourceOptions(parse_size(memory), force),
+            ResourceOptions(parse_size(memory), force, compute),
         )
         with _progress(team) as report:
             result = pipeline.run_quantize(
@@ -172,14 +157,16 @@ def profile(
     keep: Keep = None,
     revision: Revision = None,
     memory: Memory = "8GiB",
+    compute: Compute = "auto",
 ) -> None:
     """Count which tokens reach which expert, by layer and domain."""
 
     def run(team: Team) -> None:
         options = ModelOptions(model, revision, scope, tuple(keep or ()))
         text = _calibration(model, calibration, samples, seqlen, seed, expert_floor)
-        adapter = pipeline.open_adapter(options)
-        space = open_workspace(work, ResourceOptions(parse_size(memory)), team)
+        resources = ResourceOptions(parse_size(memory), compute=compute)
+        space = open_workspace(work, resources, team)
+        adapter = pipeline.open_adapter(options, space.device)
         with space.locked(), _progress(team) as report:
             _, stats = pipeline.run_profile(
                 space, adapter, options, text, MeasureOptions(), report=report
@@ -208,6 +195,7 @@ def measure(
     rotation: Rotation = "auto",
     memory: Memory = "8GiB",
     force: Force = False,
+    compute: Compute = "auto",
 ) -> None:
     """Measure the loss of every block under every scheme (profiles first)."""
 
@@ -215,8 +203,9 @@ def measure(
         options = ModelOptions(model, revision, scope, tuple(keep or ()))
         text = _calibration(model, calibration, samples, seqlen, seed, expert_floor)
         measured = MeasureOptions(_schemes(schemes), sensitivity, quantizer, rotation)
-        resources = ResourceOptions(parse_size(memory), force)
-        adapter, space = pipeline.open_adapter(options), open_workspace(work, resources, team)
+        resources = ResourceOptions(parse_size(memory), force, compute)
+        space = open_workspace(work, resources, team)
+        adapter = pipeline.open_adapter(options, space.device)
         announce = tables.show_needs if team.leads else None
         check_measure(adapter, text, measured, resources, work, announce)
         with space.locked(), _progress(team) as report:
@@ -314,12 +303,19 @@ def tune(
 
 
 @app.command()
-def pack(work: Work, output: Output, overwrite: Overwrite = False, memory: Memory = "8GiB") -> None:
+def pack(
+    work: Work,
+    output: Output,
+    overwrite: Overwrite = False,
+    memory: Memory = "8GiB",
+    compute: Compute = "auto",
+) -> None:
     """Write the checkpoint of the plan that a work folder holds."""
 
     def run(team: Team) -> None:
         with _progress(team) as report:
-            space = open_workspace(work, ResourceOptions(parse_size(memory)), team)
+            resources = ResourceOptions(parse_size(memory), compute=compute)
+            space = open_workspace(work, resources, team)
             result = pipeline.pack_again(
                 space, OutputOptions(output, work, overwrite), report=report
             )

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mxq.compute import check_compute
 from mxq.kernels.spec import TILE_PLANS
 from mxq.scheme import Scheme, parse_schemes
 
@@ -211,15 +212,18 @@ class ResourceOptions:
     """What a run may take of the machine.
 
     ``memory_bytes`` is the most that kept activations take in memory; the rest goes to files in
-    the work folder. ``force`` starts even where memory or disk look too small.
+    the work folder. ``force`` starts even where memory or disk look too small. ``compute`` is
+    where it computes: "auto", "cpu", "cuda" or "cuda:N".
     """
 
     memory_bytes: int = 8 * 2**30
     force: bool = False
+    compute: str = "auto"
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a negative limit."""
+        """Raise ValueError for a negative limit or a device that is not spelled so."""
         check_at_least("memory", self.memory_bytes, 0)
+        check_compute(self.compute)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -70,12 +70,14 @@ class Member:
 class Team:
     """The processes of a run, seen from one of them.
 
-    ``store`` holds what survivors found out about a loss; None in a team of one.
+    ``store`` holds what survivors found out about a loss; None in a team of one. ``local_rank`` is
+    the number of this process on its machine.
     """
 
     rank: int
     members: tuple[Member, ...]
     store: Store | None = None
+    local_rank: int = 0
 
     @classmethod
     def alone(cls) -> "Team":
@@ -220,7 +222,8 @@ def team_of(environment: Mapping[str, str], versions: Mapping[str, str]) -> Iter
         return
     store, rank, size = next(rendezvous("env://", timeout=timedelta(minutes=5)))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=LONGEST_WAIT)
-    team = Team(rank, (Member(socket.gethostname(), os.getpid()),) * size, store)
+    mine = Member(socket.gethostname(), os.getpid())
+    team = Team(rank, (mine,) * size, store, int(environment.get("LOCAL_RANK", rank)))
     try:
         team = _introduce(team, versions)
         with _stop_signal(team):
@@ -245,7 +248,7 @@ def _introduce(team: Team, versions: Mapping[str, str]) -> Team:
                 f"{all_of_them[0]['versions']}; install the same versions everywhere"
             )
     members = tuple(Member(other["host"], other["pid"]) for other in all_of_them)
-    return Team(team.rank, members, team.store)
+    return replace(team, members=members)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from pathlib import Path
 from mxq.artifacts import Allocation, BlockInfo, Provenance, SensitivityTable
 from mxq.checkpoint.pack import PackedLayer, PackReport, PackSharing, pack, plan_digest
 from mxq.choices import Choices, measure_settings
+from mxq.compute import describe
 from mxq.config import MeasureOptions, OutputOptions
 from mxq.heldout import MeasuredLoss, measure_loss
 from mxq.models.adapter import ModelAdapter
@@ -119,7 +120,12 @@ def _made_from(finish: Finish, plans: Mapping[str, Allocation]) -> Provenance:
     return make_provenance(
         finish.table.provenance.model_digest,
         finish.tokens.digest,
-        {**finish.table.provenance.settings, "bits": asked, "plans": names},
+        {
+            **finish.table.provenance.settings,
+            "compute": describe(finish.adapter.source.device),
+            "bits": asked,
+            "plans": names,
+        },
     )
 
 
@@ -151,7 +157,7 @@ def _pack(finish: Finish, name: str, allocation: Allocation, report: Report | No
     records = work.records(f"packed-{name}-layers", PackedLayer, made_from)
     return pack(
         finish.adapter,
-        finish.tokens.batches(work.store),
+        finish.tokens.batches(finish.adapter.source.device, work.store),
         allocation,
         work.packed(name),
         method=settings.method,
@@ -193,7 +199,7 @@ def _measured(
     cached = work.cached("losses", _Losses, provenance) if finish.is_kept else None
     if cached is not None:
         return cached.losses
-    heldout = finish.tokens.batches().heldout
+    heldout = finish.tokens.batches(finish.adapter.source.device).heldout
     tell = stage(report, "measure loss")
     losses = measure_loss(finish.adapter, heldout, folders, tell, store=work.store)
     if finish.is_kept:

@@ -62,7 +62,7 @@ def measure_loss(
     store = store or ActivationStore()
     sources = [adapter.source]
     for folder in folders.values():
-        sources.append(open_packed(folder, adapter.source.dtype))
+        sources.append(open_packed(folder, adapter.source.dtype, adapter.source.device))
         share_equal(sources[-1].model, adapter.source.model)
     sums = {name: torch.zeros(4, dtype=torch.float64) for name in folders}
     counted = 0

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch import Tensor
 
+from mxq.compute import CPU
 from mxq.numerics import search_grid
 from mxq.scheme import Scheme
 
@@ -47,12 +49,12 @@ def machine(folder: Path) -> Machine:
     return Machine(_free_memory(), shutil.disk_usage(folder).free + packed)
 
 
-def measure_rates() -> Rates:
+def measure_rates(device: torch.device = CPU) -> Rates:
     """Matrix products and the clip search, timed on matrices of a usual size."""
     generator = torch.Generator().manual_seed(0)
-    x, w = (torch.randn(n, 1024, generator=generator) for n in (512, 1024))
+    x, w = (torch.randn(n, 1024, generator=generator).to(device) for n in (512, 1024))
     product = _fastest(lambda: x @ w.T)
-    search = _fastest(lambda: search_grid(w[:128], Scheme.parse("w4a16_g128_asym")))
+    search = _fastest(lambda: search_grid(w[:128], Scheme.parse("w4a16_g128_asym"))[0])
     return Rates(2 * 512 * 1024 * 1024 / product, 128 * 1024 / search)
 
 
@@ -86,10 +88,10 @@ def _cached_files(folder: Path) -> int:
     return int(counts.get("inactive_file", 0)) + int(counts.get("active_file", 0))
 
 
-def _fastest(run: Callable[[], object]) -> float:
+def _fastest(run: Callable[[], Tensor]) -> float:
     best = float("inf")
     for _ in range(4):
         start = time.perf_counter()
-        run()
+        run()[0, 0].item()  # a value read: a GPU is done by then
         best = min(best, time.perf_counter() - start)
     return best

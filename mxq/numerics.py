@@ -26,6 +26,9 @@ CLIP_RATIOS = tuple(1.0 - step * 0.03 for step in range(22))
 SEARCH_WEIGHTS = 2**16
 """Weights of each thread whose grids are searched at a time: a few copies of 256 KiB."""
 
+SEARCH_WEIGHTS_GPU = 2**25
+"""The same on a GPU, where a launch takes as long as millions of weights: copies of 128 MiB."""
+
 CHECKED_ROWS = 4096
 """Rows of a tensor that are looked at together for values that are not finite."""
 
@@ -105,7 +108,8 @@ def search_grid(
     The scale is already rounded to float16.
     """
     # Rows are independent; a few at a time stay in the processor's cache over all the ratios.
-    weights = SEARCH_WEIGHTS * torch.get_num_threads()
+    on_host = w_NK.device.type == "cpu"
+    weights = SEARCH_WEIGHTS * torch.get_num_threads() if on_host else SEARCH_WEIGHTS_GPU
     rows = max(1, weights * w_NK.shape[-2] // max(w_NK.numel(), 1))
     found = [_search_rows(part, scheme, importance_K) for part in torch.split(w_NK, rows, -2)]
     scales, zeros = zip(*found, strict=True)
@@ -258,7 +262,7 @@ def _grouped_importance(importance_K: Tensor | None, w_NGC: Tensor) -> Tensor:
 def _zero_as_float(q: QuantizedWeight) -> Tensor:
     if q.zero_NG is not None:
         return q.zero_NG.to(torch.float32)
-    return torch.tensor(float(2 ** (q.scheme.w_bits - 1)), device=q.codes_NK.device).reshape(1)
+    return torch.full((1,), float(2 ** (q.scheme.w_bits - 1)), device=q.codes_NK.device)
 
 
 @lru_cache(maxsize=16)

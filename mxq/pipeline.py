@@ -13,6 +13,7 @@ import torch
 from mxq.artifacts import Allocation, BlockInfo, Provenance, SensitivityTable
 from mxq.blocks import LinearBlock
 from mxq.choices import Choices, measure_settings
+from mxq.compute import CPU, describe
 from mxq.config import (
     AllocateOptions,
     CalibrationOptions,
@@ -81,7 +82,7 @@ def run_quantize(
     work = open_workspace(options.output.work_folder, options.resources, team)
     if work.team.leads:
         check_output(options.output, may_go_on=choices is None)
-    adapter = open_adapter(options.model)
+    adapter = open_adapter(options.model, work.device)
     if work.team.leads:
         _check(adapter, options, measured, choices, announce)
     with work.locked():
@@ -145,7 +146,7 @@ def pack_again(
         check_output(output, may_go_on=choices is None)
         check_writable(output.output)
     found = team.from_lead(_Planned, lambda: _planned(work))
-    adapter = open_adapter(found.settings.model)
+    adapter = open_adapter(found.settings.model, work.device)
     check_apart(output, adapter.source.folder)
     with work.locked():
         tokens, profile = share_calibration(
@@ -195,9 +196,10 @@ def _calibration_of(
     return tokens, profile
 
 
-def open_adapter(options: ModelOptions) -> ModelAdapter:
-    """The model's blocks, without reading any decoder layer."""
-    source = open_source(model_location(options.model), revision=options.revision)
+def open_adapter(options: ModelOptions, device: torch.device = CPU) -> ModelAdapter:
+    """The model's blocks, to compute on a device, without reading any decoder layer."""
+    model = model_location(options.model)
+    source = open_source(model, revision=options.revision, device=device)
     return ModelAdapter(source, scope=options.scope, keep=options.keep)
 
 
@@ -242,13 +244,14 @@ def _profile(
         "scope": adapter.scope,
         "keep": list(adapter.keep),
         "domains": dict(Counter(domains)),
+        "compute": describe(adapter.source.device),
     }
     digest = make_tokens(seen, heldout.input_ids).digest
     provenance = make_provenance(adapter.source.digest(), digest, settings)
     cached = work.cached("profile", ActivationStats, provenance)
     if cached is not None and work.has_tokens(cached.tokens_digest):
         return work.tokens(), cached
-    batches = make_batches(seen, None, store=work.store)
+    batches = make_batches(seen, None, store=work.store, device=adapter.source.device)
     sites, routing = profile_routing(adapter, batches, domains, stage(report, "profile"))
     samples = range(len(base.input_ids))
     extra = range(len(base.input_ids), len(seen))
@@ -301,7 +304,7 @@ def run_measure(
             return found.table
     table = measure(
         adapter,
-        tokens.batches(work.store),
+        tokens.batches(adapter.source.device, work.store),
         settings,
         provenance,
         generator=torch.Generator().manual_seed(0),
@@ -330,6 +333,7 @@ def _recorded(adapter: ModelAdapter, settings: MeasureSettings) -> dict[str, obj
         "rotation": settings.rotation,
         "scope": adapter.scope,
         "keep": list(adapter.keep),
+        "compute": describe(adapter.source.device),
     }
 
 

@@ -208,7 +208,7 @@ def _check(
     folder: Path,
     announce: Announce | None,
 ) -> None:
-    rates = Rates(1e11, 1e7) if announce is None else measure_rates()
+    rates = Rates(1e11, 1e7) if announce is None else measure_rates(adapter.source.device)
     needs, found = estimate(sizes_of(adapter), work, rates), machine(folder)
     if announce is not None:
         announce(needs, found)

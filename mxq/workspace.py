@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mxq.artifacts import Allocation, Provenance, SensitivityTable
+from mxq.compute import CPU, compute_device, describe
 from mxq.config import CalibrationOptions, MeasureOptions, ModelOptions, ResourceOptions
 from mxq.distributed import Team
 from mxq.models.activations import ActivationStore
@@ -67,9 +68,9 @@ class CalibrationTokens:
     heldout_ids: Tensor
     digest: str
 
-    def batches(self, store: ActivationStore | None = None) -> Batches:
+    def batches(self, device: torch.device, store: ActivationStore | None = None) -> Batches:
         """Fit batches first, held-out batches after; ``store`` keeps their activations."""
-        return make_batches(self.fit_ids, self.heldout_ids, store=store)
+        return make_batches(self.fit_ids, self.heldout_ids, store=store, device=device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +78,13 @@ class Workspace:
     """Paths in a work folder, and reading and writing what is there.
 
     ``store`` keeps the activations of a run, ``team`` are its processes: the one that leads is
-    the only one to read and write here.
+    the only one to read and write here. ``device`` is where this process computes.
     """
 
     folder: Path
     store: ActivationStore = field(default_factory=ActivationStore, compare=False)
     team: Team = field(default_factory=Team.alone, compare=False)
+    device: torch.device = CPU
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -191,9 +193,20 @@ class Workspace:
 
 
 def open_workspace(folder: Path, resources: ResourceOptions, team: Team | None = None) -> Workspace:
-    """A work folder that takes the activations for which the memory limit leaves no room."""
-    store = ActivationStore(resources.memory_bytes, folder)
-    return Workspace(folder, store, team or Team.alone())
+    """A work folder that takes the activations for which the memory limit leaves no room.
+
+    Raises:
+        ValueError: If the device to compute on is not there, or not the same in every process.
+    """
+    team = team or Team.alone()
+    device = compute_device(resources.compute, local_rank=team.local_rank, processes=team.size)
+    kinds = team.exchange(describe(device))
+    if len(set(kinds)) > 1:
+        raise ValueError(
+            f"the processes compute on different devices ({', '.join(kinds)}), so results would "
+            "depend on who made which; give them the same, e.g. by --compute cpu"
+        )
+    return Workspace(folder, ActivationStore(resources.memory_bytes, folder), team, device)
 
 
 def share_calibration(

@@ -27,6 +27,8 @@ def pytest_configure(config):
     os.environ["HF_DATASETS_OFFLINE"] = "1"
     # Sums depend on the number of threads, so commands run as the tests themselves do.
     os.environ["OMP_NUM_THREADS"] = "1"
+    # Runs compute on a GPU where there is one, and results of a GPU are others.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # Tests need no GPU: kernels run in Triton's interpreter, which is chosen at decoration.
     os.environ["TRITON_INTERPRET"] = "1"
 

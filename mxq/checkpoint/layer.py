@@ -22,7 +22,14 @@ from mxq.models.activations import ActivationStore
 from mxq.models.adapter import Capture, ModelAdapter
 from mxq.models.experts import is_fused_experts
 from mxq.models.lockstep import LayerCall
-from mxq.models.probes import Captures, Probe, SiteInputs, expert_probes, linear_probe
+from mxq.models.probes import (
+    Captures,
+    Probe,
+    SiteInputs,
+    device_of,
+    expert_probes,
+    linear_probe,
+)
 from mxq.quantizers.choose import (
     BlockInputs,
     Candidate,
@@ -77,7 +84,7 @@ class _Found:
             self.quantizers[candidate.block] = candidate.quantizer
             path = job.adapter.block(candidate.block).module
             for suffix, tensor in to_tensors(candidate.weight).items():
-                self.tensors[f"{path}.{suffix}"] = tensor
+                self.tensors[f"{path}.{suffix}"] = tensor.cpu()
 
 
 def quantize_layer(job: PackJob, layer: int, calls: list[LayerCall]) -> QuantizedLayer:
@@ -169,7 +176,8 @@ def _parts(adapter: ModelAdapter, site: str) -> list[_Part]:
 def _install(job: PackJob, blocks: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
     for name in blocks:
         block, scheme = job.adapter.block(name), job.allocation.schemes[name]
-        own = {suffix: tensors[f"{block.module}.{suffix}"] for suffix in _suffixes(job, name)}
+        device = job.adapter.source.device
+        own = {s: tensors[f"{block.module}.{s}"].to(device) for s in _suffixes(job, name)}
         weight = from_tensors(own, scheme, block.out_features, block.in_features)
         is_rotated = job.rotated(block.layer) and scheme.kind != "bf16"
         w_NK = Candidate(name, weight, "", is_rotated).dense()
@@ -209,7 +217,7 @@ def _quantize_site(
         )
         return
     fit = inputs.x_TK[: job.fit_tokens]
-    prior_KK = second_moments(fit, torch.ones(len(fit)))
+    prior_KK = second_moments(fit, torch.ones(len(fit), device=device_of(module)))
     for experts in parts:
         assert experts is not None
         probes = [expert_probes(module, inputs, expert) for expert in experts]

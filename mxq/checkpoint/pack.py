@@ -198,7 +198,7 @@ def _kept_tensors(adapter: ModelAdapter, prefix: str | None) -> dict[str, Tensor
     for name, tensor in source.model.state_dict().items():
         inside = name.startswith(prefix) if prefix is not None else not name.startswith(layers)
         if inside and name not in quantized and name not in tied and source.is_stored(name):
-            kept[name] = tensor.to(source.stored_dtype(name))
+            kept[name] = tensor.to("cpu", source.stored_dtype(name))
     if prefix is not None:
         kept = _split_expert_biases(adapter, prefix, kept)
     return kept
@@ -215,7 +215,7 @@ def _split_expert_biases(
         bias = expert_bias(module, block.expert, block.projection)
         if bias is not None:
             dtype = adapter.source.stored_dtype(f"{block.tensor}_bias")
-            kept[f"{block.module}.bias"] = bias.to(dtype)
+            kept[f"{block.module}.bias"] = bias.to("cpu", dtype)
             kept.pop(f"{block.tensor}_bias", None)
     return kept
 

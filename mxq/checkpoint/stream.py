@@ -10,13 +10,17 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
+from mxq.checkpoint.engine import packed_modules
 from mxq.checkpoint.load import MxqConfig, check_files, check_tensors, swap_modules
+from mxq.compute import CPU
 from mxq.models.skeleton import build_skeleton
 from mxq.models.source import ModelSource
 
 
-def open_packed(folder: Path, dtype: torch.dtype) -> ModelSource:
-    """A checkpoint written by mxq, computing in ``dtype``, without any decoder layer.
+def open_packed(folder: Path, dtype: torch.dtype, device: torch.device = CPU) -> ModelSource:
+    """A checkpoint written by mxq, computing in ``dtype`` on ``device``, without any decoder layer.
+
+    Weights are decoded for each call on every device, so the type is the one that was asked for.
 
     Raises:
         ValueError: If the folder is not such a checkpoint, or a file is absent or was changed.
@@ -33,7 +37,9 @@ def open_packed(folder: Path, dtype: torch.dtype) -> ModelSource:
     check_files(plan, paths)
     swap_modules(model, plan, dtype)
     check_tensors(model, paths)
-    return ModelSource(folder, model, dtype, converts=False)
+    for module in packed_modules(model):
+        module.engine = "decoded"
+    return ModelSource(folder, model, dtype, converts=False, device=device)
 
 
 def share_equal(model: nn.Module, other: nn.Module) -> None:

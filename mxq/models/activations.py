@@ -1,9 +1,10 @@
 """Activations in memory up to a limit, the rest in files that are read as memory maps.
 
-A tensor given to a store keeps its values, its identity and its type; beyond the limit only the
-place of its values changes. The files have no name from the start, so nothing is left behind by a
-run that fails, is interrupted or is killed: their space is freed with the last tensor that reads
-them.
+A tensor on the host keeps its values, its identity and its type; beyond the limit only the place
+of its values changes. Of a tensor on a GPU its copy on the host is kept: one layer's inputs, let
+alone those of all layers, need not fit there. The files have no name from the start, so nothing
+is left behind by a run that fails, is interrupted or is killed: their space is freed with the last
+tensor that reads them.
 """
 
 import ctypes
@@ -58,8 +59,10 @@ class ActivationStore:
     def keep(self, tensor: Tensor, *, cold: bool = False) -> Tensor:
         """The same tensor, its values in memory or in a file; views made before stay in memory.
 
-        ``cold``: it is read once or twice, later, so it leaves memory to the others.
+        Of a tensor that is not on the host, its copy there, without a graph. ``cold``: it is read
+        once or twice, later, so it leaves memory to the others.
         """
+        tensor = tensor if is_on_host(tensor) else tensor.detach().cpu()
         place = _address(tensor)
         if place in self._held or place in self._maps or tensor.numel() == 0:
             return tensor
@@ -144,6 +147,11 @@ class ActivationStore:
         tensor.set_(storage, 0, shape)  # type: ignore[call-overload]  # torch's stub lacks it
         self._maps[place].version = tensor._version
         return tensor
+
+
+def is_on_host(tensor: Tensor) -> bool:
+    """Whether the values are in the memory of the CPU."""
+    return tensor.device.type == "cpu"
 
 
 def return_freed_memory() -> None:

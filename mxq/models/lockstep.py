@@ -5,27 +5,30 @@ thread waits. The controller sees the calls of layer i of all batches, so the la
 read once, used for every batch and dropped. Masks, position embeddings and state that passes from
 layer to layer are made by the model's own code, whatever the family. Only one thread runs at a
 time: the threads are coroutines, not parallelism. Hidden states are kept by an ``ActivationStore``
-from the moment that they reach a layer, so those of waiting batches may lie in files.
+from the moment that they reach a layer, so those of waiting batches may lie in files. A model on a
+GPU computes there: hidden states go to it for a call and to the model's own code, and come back.
 """
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
+from mxq.compute import CPU
 from mxq.models.activations import ActivationStore
 
 
 @dataclass(frozen=True, slots=True)
 class LayerCall:
-    """One batch's call of one decoder layer."""
+    """One batch's call of one decoder layer, which computes on ``device``."""
 
     forward: Callable[..., object]
     args: tuple[object, ...]
     kwargs: Mapping[str, object]
+    device: torch.device = CPU
 
     @property
     def hidden(self) -> Tensor:
@@ -37,12 +40,13 @@ class LayerCall:
     def with_hidden(self, hidden: Tensor) -> "LayerCall":
         """The same call with other hidden states."""
         if self.args:
-            return LayerCall(self.forward, (hidden, *self.args[1:]), self.kwargs)
-        return LayerCall(self.forward, (), {**self.kwargs, "hidden_states": hidden})
+            return replace(self, args=(hidden, *self.args[1:]))
+        return replace(self, kwargs={**self.kwargs, "hidden_states": hidden})
 
     def run(self) -> object:
-        """Output of the layer as it is now; calling again gives the same."""
-        return self.forward(*self.args, **self.kwargs)
+        """Output of the layer as it is now, on its device; calling again gives the same."""
+        call = self.with_hidden(self.hidden.to(self.device))
+        return call.forward(*call.args, **call.kwargs)
 
 
 def hidden_of(output: object) -> Tensor:
@@ -50,6 +54,11 @@ def hidden_of(output: object) -> Tensor:
     hidden = output[0] if isinstance(output, tuple) else output
     assert isinstance(hidden, Tensor)
     return hidden
+
+
+def with_hidden_of(output: object, hidden: Tensor) -> object:
+    """A decoder layer's output with other hidden states."""
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
 OnLayer = Callable[[int, list[LayerCall]], list[object]]
@@ -75,10 +84,11 @@ def run_calls(calls: Sequence[LayerCall], store: ActivationStore) -> list[object
     """Outputs of a layer for all batches, their hidden states kept."""
     outputs = []
     for call in calls:
-        outputs.append(call.run())
-        store.keep(hidden_of(outputs[-1]), cold=True)
+        output = call.run()
+        hidden = store.keep(hidden_of(output), cold=True)
+        outputs.append(with_hidden_of(output, hidden))
         store.release(call.hidden)
-        store.release(hidden_of(outputs[-1]))
+        store.release(hidden)
     return outputs
 
 
@@ -173,9 +183,11 @@ class _Meeting:
         def wait(*args: object, **kwargs: object) -> object:
             runner: _Runner = self.local.runner
             call = LayerCall(forward, args, kwargs)
-            self.store.keep(call.hidden, cold=True)
+            call = replace(call, device=call.hidden.device)
+            call = call.with_hidden(runner.kept(call.hidden, self.store))
             self.store.release(call.hidden)
-            return runner.meet(index, call)
+            output = runner.meet(index, call)
+            return runner.given(output, call.device)
 
         return wait
 
@@ -190,6 +202,7 @@ class _Runner(threading.Thread):
         self.waiting_output: object = None
         self.result: object = None
         self.error: BaseException | None = None
+        self._given: tuple[Tensor, Tensor] | None = None
         self._abandoned = False
         self._to_controller, self._to_model = threading.Event(), threading.Event()
 
@@ -202,8 +215,21 @@ class _Runner(threading.Thread):
             pass
         except BaseException as error:  # noqa: BLE001 - handed to the controller, which raises it
             self.error = error
-        self.call = None
+        self.call = self._given = None
         self._to_controller.set()
+
+    def kept(self, hidden: Tensor, store: ActivationStore) -> Tensor:
+        """What the store has of hidden states; nothing is copied if the model left them alone."""
+        given, self._given = self._given, None
+        if given is not None and given[0] is hidden:
+            return given[1]
+        return store.keep(hidden, cold=True)
+
+    def given(self, output: object, device: torch.device) -> object:
+        """A layer's output as the model's own code gets it: on the model's device."""
+        hidden = hidden_of(output)
+        self._given = hidden.to(device), hidden
+        return with_hidden_of(output, self._given[0])
 
     def meet(self, index: int, call: LayerCall) -> object:
         """Called in the model's thread: wait for the controller's output of this layer."""

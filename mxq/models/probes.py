@@ -2,7 +2,8 @@
 
 The experts of a layer share one captured input; the rows of an expert, the inner activation that
 its down projection sees and the gradients inside it are computed from that when the expert's turn
-comes, so memory does not grow with the number of experts.
+comes, so memory does not grow with the number of experts. Captures are on the host, probes on the
+device of their module.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -34,13 +35,15 @@ class SiteInputs:
     fit_tokens: int
     store: ActivationStore
 
-    def rows(self, rows: Tensor) -> Tensor:
-        """Those rows of the input, in ascending order; the input itself if they are all of it."""
-        return self.x_TK if len(rows) == len(self.x_TK) else self.store.rows(self.x_TK, rows)
+    def rows(self, rows: Tensor, device: torch.device) -> Tensor:
+        """Those rows of the input, ascending, on a device; the input itself if it is all that."""
+        is_all = len(rows) == len(self.x_TK)
+        x_TK = self.x_TK if is_all else self.store.rows(self.x_TK, rows)
+        return x_TK.to(device)
 
-    def grads(self, rows: Tensor) -> Tensor | None:
-        """Those rows of the gradient."""
-        return None if self.grad_TN is None else self.store.rows(self.grad_TN, rows)
+    def grads(self, rows: Tensor, device: torch.device) -> Tensor | None:
+        """Those rows of the gradient, on a device."""
+        return None if self.grad_TN is None else self.store.rows(self.grad_TN, rows).to(device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +93,8 @@ class Captures:
                 capture.site,
                 self._kept(capture.x_TK),
                 None,
-                capture.index_TR,
-                None if capture.weights_TR is None else capture.weights_TR.detach(),
+                None if capture.index_TR is None else capture.index_TR.cpu(),
+                None if capture.weights_TR is None else capture.weights_TR.detach().cpu(),
             )
         )
         return len(calls) - 1
@@ -162,14 +165,15 @@ def linear_probe(
     Without its output ``z_TN`` has no rows: for all tokens it would be as large as the input.
     """
     rows = _thin(torch.arange(len(inputs.x_TK)), max_tokens)
-    x_TK = inputs.rows(rows)
+    device = device_of(module)
+    x_TK = inputs.rows(rows, device)
     return Probe(
         block=inputs.site,
         x_TK=x_TK,
         z_TN=module(x_TK if with_output else x_TK[:0]).detach(),
         bias_N=cast(Tensor | None, module.bias),
-        gate_T=torch.ones(len(rows)),
-        grad_TN=inputs.grads(rows),
+        gate_T=torch.ones(len(rows), device=device),
+        grad_TN=inputs.grads(rows, device),
         tokens=len(inputs.x_TK),
         fit_rows=int((rows < inputs.fit_tokens).sum()),
     )
@@ -185,10 +189,11 @@ def expert_probes(
     tokens = len(rows)
     kept = _thin(torch.arange(len(rows)), max_tokens)
     rows, positions = rows[kept], positions[kept]
-    gate_T = inputs.weights_TR[rows, positions].to(torch.float32)
-    trace = _Trace(module, expert, inputs.rows(rows), gate_T)
+    device = device_of(module)
+    gate_T = inputs.weights_TR[rows, positions].to(device, torch.float32)
+    trace = _Trace(module, expert, inputs.rows(rows, device), gate_T)
     grads: Mapping[str, Tensor | None] = dict.fromkeys(trace.outputs)
-    grad_TH = inputs.grads(rows)
+    grad_TH = inputs.grads(rows, device)
     if grad_TH is not None and len(rows) > 0:
         grads = trace.gradients(grad_TH)
     fit_rows = int((rows < inputs.fit_tokens).sum())
@@ -206,6 +211,11 @@ def expert_probes(
         )
         for projection in trace.outputs
     }
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a site computes."""
+    return next(module.parameters()).device
 
 
 class _Trace:

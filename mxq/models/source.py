@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -27,6 +27,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig, _load_parameter_into_model
 
+from mxq.compute import CPU
 from mxq.models.activations import return_freed_memory
 from mxq.models.claims import (
     check_depth,
@@ -62,6 +63,7 @@ class ModelSource:
     its towers outside these layers; they are loaded whole and stay as they are.
 
     ``encoded`` are weights that the files hold as codes and scales, decoded as they are read.
+    What is loaded is made on the host and then put on ``device``.
     ``converts`` is False where the files use the names of the module tree, tensor by tensor.
     """
 
@@ -73,8 +75,10 @@ class ModelSource:
         *,
         encoded: Mapping[str, Encoded] | None = None,
         converts: bool = True,
+        device: torch.device = CPU,
     ) -> None:
         self.folder = folder
+        self.device = device
         self.model = model
         self.dtype = dtype
         self.files = checkpoint_files(folder)
@@ -86,6 +90,7 @@ class ModelSource:
         self._check_claims()
         self._fill_what_no_file_holds()
         self._load(lambda target: not target.startswith(self.layers_name + "."))
+        self._place(model)
         model.tie_weights()
         for name, parameter in model.named_parameters():
             if not parameter.is_meta:
@@ -206,8 +211,26 @@ class ModelSource:
         plain = [target for target in targets if len(self._keys[target]) == 1]
         for group in ([plain] if plain else []) + [[target] for target in merged]:
             self._load_group(group)
+            self._place(self.model)
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
+
+    def _place(self, module: nn.Module) -> None:
+        """Put what has been loaded on the device, where that is not the host."""
+        if self.device.type == "cpu":
+            return
+        for part in module.modules():
+            for name, parameter in part._parameters.items():
+                if parameter is not None and self._is_elsewhere(parameter):
+                    part._parameters[name] = nn.Parameter(
+                        parameter.detach().to(self.device), requires_grad=False
+                    )
+            for name, buffer in part._buffers.items():
+                if buffer is not None and self._is_elsewhere(buffer):
+                    part._buffers[name] = buffer.to(self.device)
+
+    def _is_elsewhere(self, tensor: Tensor) -> bool:
+        return not tensor.is_meta and tensor.device != self.device
 
     def _load_group(self, targets: Sequence[str]) -> None:
         with ExitStack() as stack:
@@ -251,9 +274,13 @@ class ModelSource:
 
 
 def open_source(
-    model: str | Path, *, dtype: torch.dtype = torch.float32, revision: str | None = None
+    model: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    device: torch.device = CPU,
 ) -> ModelSource:
-    """Open a local folder or a hub id, without reading any decoder layer.
+    """Open a local folder or a hub id, to compute on a device; no decoder layer is read yet.
 
     Raises:
         ValueError: If there is no such model, it is not a causal language model in safetensors,
@@ -271,7 +298,8 @@ def open_source(
     # A folder may name kernels that transformers would fetch and run; mxq needs its own choice.
     config._attn_implementation = config._experts_implementation = None
     encoded = find_encoded(_quantization_of(config), files, folder)
-    return ModelSource(folder, build_skeleton(config, dtype), dtype, encoded=encoded)
+    model_tree = build_skeleton(config, dtype)
+    return ModelSource(folder, model_tree, dtype, encoded=encoded, device=device)
 
 
 def _quantization_of(config: PreTrainedConfig) -> Mapping[str, Any] | None:

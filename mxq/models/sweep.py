@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mxq.blocks import read_block
+from mxq.compute import CPU
 from mxq.models.activations import ActivationStore
 from mxq.models.adapter import Capture, ModelAdapter
 from mxq.models.lockstep import LayerCall, hidden_of, run_calls, run_in_lockstep
@@ -66,11 +67,12 @@ def make_batches(
     *,
     batch_tokens: int = BATCH_TOKENS,
     store: ActivationStore | None = None,
+    device: torch.device = CPU,
 ) -> Batches:
-    """Cut samples [samples, sequence] into batches of about that many tokens."""
+    """Cut samples [samples, sequence] into batches of about that many tokens, on a device."""
     rows = max(1, batch_tokens // fit_ids.shape[1])
-    fit = torch.split(fit_ids, rows)
-    held = () if heldout_ids is None else torch.split(heldout_ids, rows)
+    fit = torch.split(fit_ids.to(device), rows)
+    held = () if heldout_ids is None else torch.split(heldout_ids.to(device), rows)
     return Batches((*fit, *held), len(fit), store or ActivationStore())
 
 
@@ -181,7 +183,7 @@ def _forward_keeping_inputs(
         slope = _loss_gradient(logits.detach(), generator)
         grad = torch.autograd.grad(logits, last_hidden[batch], slope)[0]
         grads.append(store.keep(grad, cold=True))
-        store.release(grad)
+        store.release(grads[-1])
         store.release(last_hidden[batch])
 
     run_in_lockstep(
@@ -199,7 +201,7 @@ def _loss_gradient(logits_BSV: Tensor, generator: torch.Generator) -> Tensor:
     logits_TV = logits_BSV.flatten(0, 1)
     slope_TV = torch.empty_like(logits_TV)
     # Inverse-CDF sampling: one uniform per token, whatever the vocabulary.
-    draw_T1 = torch.rand(len(logits_TV), 1, generator=generator)
+    draw_T1 = torch.rand(len(logits_TV), 1, generator=generator).to(logits_TV.device)
     for start in range(0, len(logits_TV), CHUNK_POSITIONS):
         part = slice(start, start + CHUNK_POSITIONS)
         cdf_TV = logits_TV[part].float().softmax(-1).cumsum(-1)
@@ -223,14 +225,14 @@ def _backward_layer(
             lambda g: captures.add_grad(site, place, g)
         )
 
-    hidden = call.hidden.requires_grad_()
+    hidden = call.hidden.to(call.device).requires_grad_()
     with adapter.recording(layer, sink), torch.enable_grad():
         output = hidden_of(call.with_hidden(hidden).run())
-        result = torch.autograd.grad(output, hidden, grad)[0]
-    call.hidden.requires_grad_(False)
+        result = torch.autograd.grad(output, hidden, grad.to(call.device))[0]
+    hidden.requires_grad_(False)
     captures.store.release(call.hidden)
     captures.store.release(grad)
-    captures.store.keep(result, cold=True)
+    result = captures.store.keep(result, cold=True)
     captures.store.release(result)
     return result
 

@@ -13,7 +13,7 @@ from mxq.blocks import read_block
 from mxq.models.adapter import ModelAdapter
 from mxq.models.experts import is_fused_experts
 from mxq.models.lockstep import LayerCall, hidden_of
-from mxq.models.probes import Probe, SiteInputs, expert_probes, linear_probe
+from mxq.models.probes import Probe, SiteInputs, device_of, expert_probes, linear_probe
 from mxq.models.sweep import Batches
 from mxq.profiling.sensitivity import LayerContext, Sensitivity
 from mxq.quantizers.choose import (
@@ -227,7 +227,8 @@ def _batches(
         yield [probe], _batch_of(adapter, [probe], None)
         return
     prior_KK = second_moments(
-        inputs.x_TK[: inputs.fit_tokens], torch.ones(min(inputs.fit_tokens, len(inputs.x_TK)))
+        inputs.x_TK[: inputs.fit_tokens],
+        torch.ones(min(inputs.fit_tokens, len(inputs.x_TK)), device=device_of(module)),
     )
     for experts in expert_chunks(adapter.site_blocks(inputs.site)):
         traced = [expert_probes(module, inputs, e, max_tokens=limit) for e in experts]
@@ -258,9 +259,11 @@ def _context(adapter: ModelAdapter, batches: Batches, visit: LayerVisit) -> Laye
 
 def _energy(module: nn.Module, inputs: SiteInputs) -> float:
     """Summed square of a site's output over all tokens."""
-    if inputs.index_TR is None:
+    if inputs.index_TR is None or inputs.weights_TR is None:
         return 0.0
-    output = module(inputs.x_TK, inputs.index_TR, inputs.weights_TR)
+    device = device_of(module)
+    seen = (inputs.x_TK, inputs.index_TR, inputs.weights_TR)
+    output = module(*(tensor.to(device) for tensor in seen))
     return float(output.double().square().sum())
 
 

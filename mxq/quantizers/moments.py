@@ -15,14 +15,15 @@ PRIOR_TOKENS_PER_INPUT = 0.125
 def second_moments(x_TK: Tensor, weight_T: Tensor) -> Tensor:
     """Mean of ``x x'`` weighted by ``weight_T`` (squared routing weights), [K, K] float32.
 
-    Zeros where there is no token.
+    Zeros where there is no token. The weights say on which device it is computed; inputs that are
+    on another one move there, some tokens at a time.
     """
-    total = weight_T.sum()
-    moments_KK = torch.zeros(x_TK.shape[1], x_TK.shape[1])
+    total, device = weight_T.sum(), weight_T.device
+    moments_KK = torch.zeros(x_TK.shape[1], x_TK.shape[1], device=device)
     if len(x_TK) == 0 or total <= 0:
         return moments_KK
     for start in range(0, len(x_TK), CHUNK_TOKENS):
-        x = x_TK[start : start + CHUNK_TOKENS].to(torch.float32)
+        x = x_TK[start : start + CHUNK_TOKENS].to(device, torch.float32)
         moments_KK += (x * weight_T[start : start + CHUNK_TOKENS, None]).T @ x
     return moments_KK / total
 
@@ -36,7 +37,8 @@ def shrink(hessian_KK: Tensor, tokens: int, prior_KK: Tensor) -> Tensor:
 def isotropic(hessian_KK: Tensor) -> Tensor:
     """The multiple of the identity with the same trace (the identity itself for a zero matrix)."""
     mean = hessian_KK.diagonal().mean()
-    return torch.eye(hessian_KK.shape[0]) * (mean if mean > 0 else torch.ones(()))
+    eye_KK = torch.eye(hessian_KK.shape[0], device=hessian_KK.device)
+    return eye_KK * (mean if mean > 0 else torch.ones_like(mean))
 
 
 def rotate_moments(hessian_KK: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ LEVELS = {
     "scheme": 0,
     "artifacts": 1,
     "blocks": 1,
+    "compute": 1,
     "config": 1,
     "json_values": 1,
     "demo": 1,
@@ -60,6 +61,7 @@ LEVELS = {
     "latency_tables": 9,
     "tables": 8,
     "cli": 10,
+    "cli_options": 1,
     "__main__": 11,
 }
 
