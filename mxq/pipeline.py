@@ -109,7 +109,9 @@ def _check(
     if choices is None:
         known = _recorded(adapter, measure_settings(adapter, measured, None))
         if options.allocate.bits is not None:
-            known["bits"] = options.allocate.bits
+            # The record has them as a plan does: of a limit for all weights.
+            weights = sum(block.weights for block in adapter.blocks())
+            known["bits"] = options.allocate.bits * weights / weights
         check_known(options.output, adapter.source.digest(), known)
     if find_record(options.output.output) is None or options.output.overwrite:
         check_quantize(adapter, options, measured, choices, announce)

@@ -272,6 +272,15 @@ def test_a_finished_run_returns_its_result_at_once(model, whole, monkeypatch, tm
     assert files_of(whole.folder) == before
 
 
+def test_a_finished_run_is_known_again_if_its_bits_are_not_a_round_number(tmp_path):
+    model = save_tiny(tmp_path / "model")
+    bits, weights = 3.34, 61440  # 2 layers, 4 + 1 experts of three matrices of 64 x 32
+    assert bits * weights / weights != bits
+    options = {"calibration": IDS, "schemes": "w2a16_g32_asym,w4a16_g32_asym", "bits": bits}
+    options |= {"quantizer": "rtn", "guard": False, "output": tmp_path / "out"}
+    assert mxq.quantize(model, **options) == mxq.quantize(model, **options)
+
+
 def test_a_damaged_shard_of_a_stopped_run_is_packed_again(
     model, whole, layers_done, caplog, tmp_path
 ):
