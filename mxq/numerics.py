@@ -226,9 +226,9 @@ def _try_grid(
 ) -> tuple[Tensor, Tensor]:
     """Weighted squared error of rounding to a grid, and the grid's scale."""
     scale, zero = scale_NG[..., None], zero_NG[..., None]
-    codes = (w_NGC / scale + zero).round_().clamp_(0, 2**scheme.w_bits - 1)
+    codes = (w_NGC / scale).add_(zero).round_().clamp_(0, 2**scheme.w_bits - 1)
     error = codes.sub_(zero).mul_(scale).sub_(w_NGC)
-    return (error.square_() * h_NGC).sum(-1), scale_NG
+    return error.square_().mul_(h_NGC).sum(-1), scale_NG
 
 
 def _refit_scale(w_NGC: Tensor, h_NGC: Tensor, best: _Best, scheme: Scheme) -> Tensor:

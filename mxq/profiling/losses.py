@@ -24,6 +24,7 @@ from mxq.quantizers.choose import (
     expert_chunks,
     make_batch,
     quantize_batch,
+    quantize_schemes,
     rotate_batch,
 )
 from mxq.quantizers.method import Method
@@ -105,19 +106,21 @@ def _measure_batch(
     context: LayerContext,
     settings: MeasureSettings,
 ) -> list[BlockLosses]:
-    in_features = batch.w_BNK.shape[-1]
-    losses: list[list[float]] = [[] for _ in probes]
-    quantizers: list[list[str]] = [[] for _ in probes]
-    for scheme in settings.schemes:
-        fits = scheme.fits(in_features)
-        candidates = quantize_batch(batch, scheme, settings.method) if fits else ()
-        found = _losses_of(probes, candidates, context, settings.sensitivity) if fits else ()
-        for index in range(len(probes)):
-            losses[index].append(found[index] if fits else math.inf)
-            quantizers[index].append(candidates[index].quantizer if fits else "")
+    fitting = [scheme for scheme in settings.schemes if scheme.fits(batch.w_BNK.shape[-1])]
+    losses: dict[Scheme, list[float]] = {}
+    quantizers: dict[Scheme, list[str]] = {}
+    found = quantize_schemes(batch, fitting, settings.method)
+    for scheme, candidates in zip(fitting, found, strict=True):
+        losses[scheme] = _losses_of(probes, candidates, context, settings.sensitivity)
+        quantizers[scheme] = [candidate.quantizer for candidate in candidates]
     return [
-        BlockLosses(probe.block, probe.tokens, tuple(loss), tuple(quantizer))
-        for probe, loss, quantizer in zip(probes, losses, quantizers, strict=True)
+        BlockLosses(
+            probe.block,
+            probe.tokens,
+            tuple(losses[s][index] if s in losses else math.inf for s in settings.schemes),
+            tuple(quantizers[s][index] if s in losses else "" for s in settings.schemes),
+        )
+        for index, probe in enumerate(probes)
     ]
 
 

@@ -1,7 +1,8 @@
 """Quantize blocks of one shape together and keep, for each, what does best on held-out inputs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -10,14 +11,16 @@ from mxq.blocks import LinearBlock
 from mxq.numerics import (
     QuantizedWeight,
     check_finite,
+    check_groups,
     dequantize,
     fake_quantize_input,
     rotate,
     unrotate,
 )
+from mxq.quantizers.gptq import Columns, gptq_on_grid, make_columns, quantize_gptq
 from mxq.quantizers.method import Method
 from mxq.quantizers.moments import isotropic, rotate_moments, second_moments, shrink
-from mxq.quantizers.rtn import quantize_rtn
+from mxq.quantizers.rtn import find_grid, quantize_rtn, rtn_on_grid
 from mxq.scheme import Scheme
 
 MIN_HELDOUT_ROWS = 8
@@ -133,24 +136,52 @@ def quantize_batch(batch: BlockBatch, scheme: Scheme, method: Method) -> tuple[C
     Raises:
         ValueError: If the scheme does not fit, or a quantizer gives non-finite values.
     """
-    if scheme.kind == "bf16":
-        kept = quantize_rtn(batch.plain_BNK, scheme)
-        return tuple(
-            Candidate(block, kept[index], "none", rotated=False)
-            for index, block in enumerate(batch.names)
-        )
-    chosen = method.quantizer(batch.w_BNK, scheme, batch.hessian_BKK)
-    simple = chosen
-    if method.quantizer is not quantize_rtn and scheme.kind == "int":
-        simple = quantize_rtn(batch.w_BNK, scheme, batch.hessian_BKK)
+    return next(quantize_schemes(batch, (scheme,), method))
+
+
+def quantize_schemes(
+    batch: BlockBatch, schemes: Iterable[Scheme], method: Method
+) -> Iterator[tuple[Candidate, ...]]:
+    """``quantize_batch`` under each scheme in turn; what all share is computed once."""
+    columns = cache(lambda: make_columns(batch.hessian_BKK))
+    for scheme in schemes:
+        if scheme.kind == "bf16":
+            kept = quantize_rtn(batch.plain_BNK, scheme)
+            yield tuple(
+                Candidate(block, kept[index], "none", rotated=False)
+                for index, block in enumerate(batch.names)
+            )
+        else:
+            yield _pick(batch, _options(batch, scheme, method, columns))
+
+
+def _options(
+    batch: BlockBatch, scheme: Scheme, method: Method, columns: Callable[[], Columns]
+) -> list[tuple[str, QuantizedWeight]]:
+    """What to choose from, with the quantizer's name; the method's own comes first."""
+    w_BNK, hessian_BKK = batch.w_BNK, batch.hessian_BKK
+    if scheme.kind != "int" or method.quantizer is quantize_rtn:
+        return [(method.name, method.quantizer(w_BNK, scheme, hessian_BKK))]
+    if method.quantizer is not quantize_gptq:
+        own = method.quantizer(w_BNK, scheme, hessian_BKK)
+        return [(method.name, own), ("rtn", quantize_rtn(w_BNK, scheme, hessian_BKK))]
+    check_groups(w_BNK.shape[-1], scheme)
+    grid = find_grid(w_BNK, scheme, hessian_BKK)
+    return [
+        (method.name, gptq_on_grid(w_BNK, scheme, grid, columns())),
+        ("rtn", rtn_on_grid(w_BNK, scheme, grid)),
+    ]
+
+
+def _pick(
+    batch: BlockBatch, options: Sequence[tuple[str, QuantizedWeight]]
+) -> tuple[Candidate, ...]:
+    """For each block the option with the least error; the first one where they are equal."""
     picked = []
     for index, block in enumerate(batch.names):
-        options = [(method.name, chosen[index])]
-        if simple is not chosen:
-            options.append(("rtn", simple[index]))
-        errors = [_output_error(batch, index, q) for _, q in options]
-        best = min(range(len(options)), key=errors.__getitem__)
-        picked.append(Candidate(block, options[best][1], options[best][0], batch.rotated))
+        errors = [_output_error(batch, index, q[index]) for _, q in options]
+        name, q = options[errors.index(min(errors))]
+        picked.append(Candidate(block, q[index], name, batch.rotated))
     return tuple(picked)
 
 

@@ -6,11 +6,13 @@ groups, so no index is stored); many experts are done at once as a batch; an inp
 occurred keeps its weights (rounded to nearest) instead of becoming zero.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from mxq.numerics import QuantizedWeight, check_groups, search_grid
-from mxq.quantizers.rtn import on_grid, quantize_rtn
+from mxq.numerics import QuantizedWeight, check_groups
+from mxq.quantizers.rtn import Grid, find_grid, on_grid, quantize_rtn
 from mxq.scheme import Scheme
 
 DAMPING = 0.01
@@ -18,6 +20,31 @@ DAMPING = 0.01
 
 COLUMN_BLOCK = 32
 """Columns whose corrections are kept local before one matrix product spreads them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """What GPTQ needs of the inputs: the order of their columns, and how errors are made up for.
+
+    ``order_BK`` int64; ``factor_BKK`` is the upper Cholesky factor of the inverse Hessian in that
+    order. Neither depends on the weights or the scheme.
+    """
+
+    order_BK: Tensor
+    factor_BKK: Tensor
+
+
+def make_columns(hessian_BKK: Tensor) -> Columns:
+    """Order and factor of a batch of Hessians.
+
+    Raises:
+        ValueError: If a Hessian is not finite, or not positive definite even damped.
+    """
+    hessian = hessian_BKK.to(torch.float32)
+    if not torch.isfinite(hessian).all():
+        raise ValueError("the second moments of the inputs are not finite")
+    order_BK = hessian.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
+    return Columns(order_BK, _inverse_factor(_permute_both(hessian, order_BK)))
 
 
 def quantize_gptq(
@@ -35,21 +62,22 @@ def quantize_gptq(
     check_groups(w_NK.shape[-1], scheme)
     if w_NK.dim() == 2:
         return quantize_gptq(w_NK[None], scheme, hessian_KK[None])[0]
-    hessian = hessian_KK.to(torch.float32)
-    if not torch.isfinite(hessian).all():
-        raise ValueError("the second moments of the inputs are not finite")
-    scale_BNG, zero_BNG = search_grid(w_NK, scheme, hessian.diagonal(dim1=-2, dim2=-1))
-    order_BK = hessian.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
-    factor_BKK = _inverse_factor(_permute_both(hessian, order_BK))
+    columns = make_columns(hessian_KK)
+    return gptq_on_grid(w_NK, scheme, find_grid(w_NK, scheme, hessian_KK), columns)
+
+
+def gptq_on_grid(w_BNK: Tensor, scheme: Scheme, grid: Grid, columns: Columns) -> QuantizedWeight:
+    """``quantize_gptq`` of a batch, for a grid and columns that are known."""
+    k = w_BNK.shape[-1]
+    order_BK = columns.order_BK
     codes_BNK = _round_columns(
-        _permute_columns(w_NK.to(torch.float32), order_BK),
-        _permute_columns(_per_column(scale_BNG, w_NK.shape[-1]), order_BK),
-        _permute_columns(_per_column(zero_BNG, w_NK.shape[-1]), order_BK),
-        factor_BKK,
+        _permute_columns(w_BNK.to(torch.float32), order_BK),
+        _permute_columns(_per_column(grid.scale_NG, k), order_BK),
+        _permute_columns(_per_column(grid.zero_NG, k), order_BK),
+        columns.factor_BKK,
         2**scheme.w_bits - 1,
     )
-    codes_BNK = _permute_columns(codes_BNK, order_BK.argsort(-1))
-    return on_grid(codes_BNK, scale_BNG, zero_BNG, scheme)
+    return on_grid(_permute_columns(codes_BNK, order_BK.argsort(-1)), grid, scheme)
 
 
 def _round_columns(

@@ -13,6 +13,7 @@ from mxq.quantizers.choose import (
     Candidate,
     make_batch,
     quantize_batch,
+    quantize_schemes,
     rotate_batch,
 )
 from mxq.quantizers.gptq import COLUMN_BLOCK
@@ -460,3 +461,17 @@ def test_rotated_moments_are_those_of_rotated_inputs():
     found, expected = rotate_moments(moments_of(x_TK)), moments_of(rotate(x_TK))
     # Three sums of at most 96 terms, none larger than the largest mean square of a block.
     assert (found - expected).abs().max() < 3 * 96 * EPS * moments_of(x_TK).diagonal().max()
+
+
+def test_schemes_that_share_their_columns_are_as_each_alone():
+    x_TK = random(60, 64)
+    blocks = [BlockInputs(name, random(8, 64), x_TK, torch.ones(60), 40) for name in ("a", "b")]
+    batch = make_batch(blocks, moments_of(x_TK))
+    schemes = [Scheme.parse(text) for text in ("w2a16_g32_asym", "bf16", "w3a16_grow_sym", "fp8")]
+    functions = {"gptq": quantize_gptq, "rtn": quantize_rtn, "none": quantize_rtn}
+    for scheme, found in zip(schemes, quantize_schemes(batch, schemes, GPTQ), strict=True):
+        for index, candidate in enumerate(found):
+            quantizer = functions[candidate.quantizer]
+            expected = quantizer(batch.w_BNK, scheme, batch.hessian_BKK)[index]
+            assert torch.equal(dequantize(candidate.weight), dequantize(expected))
+    assert found[0].weight.scheme == schemes[-1]
