@@ -17,6 +17,7 @@ from mxq import numerics, workspace
 from mxq.checkpoint.writer import CheckpointWriter
 from mxq.cli import app
 from mxq.compute import compute_device
+from mxq.models.source import open_source
 
 RUN = {
     "calibration": token_ids(9, 16, seed=7),
@@ -106,6 +107,16 @@ def test_a_run_on_the_stand_in_gives_the_bytes_of_the_cpu(tmp_path, on_gpu, fami
     for artifact in ("profile", "sensitivity"):
         found, wanted = (content(tmp_path / d / f"work/{artifact}.json") for d in ("gpu", "cpu"))
         assert found == wanted
+
+
+def test_all_that_is_loaded_is_on_the_device(tmp_path):
+    with pretend_gpu():
+        source = open_source(save_tiny(tmp_path, "deepseek_v3"), device=DEVICE)
+        source.load_layer(1)
+        held = {**dict(source.model.named_parameters()), **dict(source.model.named_buffers())}
+    places = {name: tensor.device.type for name, tensor in held.items()}
+    assert any(name.endswith("e_score_correction_bias") for name in places)
+    assert {kind for name, kind in places.items() if ".layers.0." not in name} == {DEVICE.type}
 
 
 def test_a_finished_layer_goes_back_onto_the_device(tmp_path, on_gpu, monkeypatch):
