@@ -89,6 +89,9 @@ def run_quantize(
         tokens, profile = run_profile(
             work, adapter, options.model, options.calibration, measured, data=data, report=report
         )
+        if work.team.leads and choices is None:
+            digests = adapter.source.digest(), tokens.digest
+            check_known(options.output, model_digest=digests[0], calibration_digest=digests[1])
         table = run_measure(work, adapter, tokens, measured, choices=choices, report=report)
         plans = run_allocate(work, adapter, table, options.allocate)
         if not options.output.guard:
@@ -112,7 +115,7 @@ def _check(
             # The record has them as a plan does: of a limit for all weights.
             weights = sum(block.weights for block in adapter.blocks())
             known["bits"] = options.allocate.bits * weights / weights
-        check_known(options.output, adapter.source.digest(), known)
+        check_known(options.output, model_digest=adapter.source.digest(), settings=known)
     if find_record(options.output.output) is None or options.output.overwrite:
         check_quantize(adapter, options, measured, choices, announce)
 

@@ -85,17 +85,29 @@ def find_record(folder: Path) -> RunRecord | None:
         return None
 
 
-def check_known(options: OutputOptions, model_digest: str, settings: Mapping[str, object]) -> None:
-    """Refuse the result of another run early, by what is known before anything is computed.
+def check_known(
+    options: OutputOptions,
+    *,
+    model_digest: str,
+    calibration_digest: str | None = None,
+    settings: Mapping[str, object] | None = None,
+) -> None:
+    """Refuse the result of another run early, by what is known before more is computed.
 
     Raises:
         ValueError: If the output folder is of another run, and --overwrite is not given.
     """
     record = find_record(options.output)
-    if record is not None:
-        old = record.provenance
-        known = replace(old, model_digest=model_digest, settings={**old.settings, **settings})
-        check_same_run(options, known)
+    if record is None:
+        return
+    old = record.provenance
+    known = replace(
+        old,
+        model_digest=model_digest,
+        calibration_digest=calibration_digest or old.calibration_digest,
+        settings={**old.settings, **(settings or {})},
+    )
+    check_same_run(options, known)
 
 
 def check_same_run(options: OutputOptions, provenance: Provenance) -> RunRecord | None:

@@ -109,7 +109,10 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the user's umask gives; safetensors makes it 0600
         write(temporary)
+        temporary.chmod(mode)
         _flush(temporary)
         temporary.replace(path)
         _flush(path.parent)

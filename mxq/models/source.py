@@ -7,9 +7,9 @@ loaded one bit for bit. Only the embeddings, the final norm and the head stay in
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +26,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig, _load_parameter_into_model
+from transformers.utils import logging
 
 from mxq.compute import CPU
 from mxq.models.activations import return_freed_memory
@@ -244,6 +245,7 @@ class ModelSource:
                 dtype_plan=self.model._get_dtype_plan(self.dtype),
                 weight_mapping=deepcopy(self._mapping),  # type: ignore[arg-type]  # theirs, as they use it
             )
+            stack.enter_context(_without_bars())
             loaded, _ = convert_and_load_state_dict_in_model(self.model, slices, config)
         for name, found, expected in sorted(loaded.mismatched_keys):
             raise ValueError(
@@ -324,3 +326,15 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep transformers from showing a bar for every layer that is loaded."""
+    was_shown = logging.is_progress_bar_enabled()  # of transformers
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if was_shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

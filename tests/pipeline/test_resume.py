@@ -388,7 +388,25 @@ def test_the_result_of_other_options_is_refused_before_anything_is_computed(
     assert layers_done["measured"] == []
 
 
+def test_the_result_of_other_text_is_refused_before_anything_is_measured(
+    model, whole, layers_done, tmp_path
+):
+    folder = Path(shutil.copytree(whole.folder, tmp_path / "out"))
+    words = "holds the result of another run, made from other calibration text;"
+    other = {"work": tmp_path / "work", "calibration": IDS.flip(0)}
+    with pytest.raises(ValueError, match=words):
+        mxq.quantize(model, output=folder, **{**FAST, **other})
+    assert layers_done["measured"] == []
+
+
 # Files
+
+
+def test_files_have_the_mode_that_the_user_gives_new_files(whole, tmp_path):
+    (tmp_path / "plain").touch()
+    expected = (tmp_path / "plain").stat().st_mode
+    modes = {path.name: path.stat().st_mode for path in whole.folder.iterdir() if path.is_file()}
+    assert set(modes.values()) == {expected}, modes
 
 
 def test_a_write_without_room_keeps_what_was_finished(model, whole, monkeypatch, tmp_path):

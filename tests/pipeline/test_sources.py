@@ -9,6 +9,7 @@ from checkpoints import edit_config, plan_of, tensors_of, write_checkpoint
 from safetensors.torch import load_file, save_file
 from tiny import make_model, save_tiny
 from transformers import AutoModelForCausalLM, DistilBertConfig, DistilBertModel, LlamaForCausalLM
+from transformers.utils import logging
 
 import mxq
 from mxq.models.adapter import ModelAdapter
@@ -220,3 +221,16 @@ def test_scope_experts_leaves_layers_that_are_attention_or_state_space_alone(mam
     assert {block.layer for block in adapter.blocks()} == {1}
     everything = ModelAdapter(open_source(mamba), keep=["conv1d"], scope="all")
     assert {block.layer for block in everything.blocks()} == {0, 1, 2}
+
+
+def test_loading_a_layer_shows_no_bar_and_leaves_those_of_the_caller(source, capfd):
+    opened_source = open_source(source)
+    capfd.readouterr()
+    try:
+        for is_shown in (False, True):
+            (logging.enable_progress_bar if is_shown else logging.disable_progress_bar)()
+            opened_source.load_layer(0)
+            assert logging.is_progress_bar_enabled() == is_shown
+    finally:
+        logging.enable_progress_bar()
+    assert "Loading weights" not in capfd.readouterr().err
