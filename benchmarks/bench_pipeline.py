@@ -191,6 +191,7 @@ def _amounts(arguments: argparse.Namespace) -> Amounts:
 
 
 def _arguments() -> argparse.Namespace:
+    amounts = Amounts()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -200,12 +201,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, required=True, help="results file, gone on with")
     parser.add_argument("--only", default="", help="cases whose name contains the text")
     parser.add_argument("--runs", type=int, default=1, help="of every case; the page has medians")
-    parser.add_argument("--samples", type=int, default=Amounts.small_samples)
-    parser.add_argument("--random-samples", type=int, default=Amounts.random_samples)
-    parser.add_argument("--seqlen", type=int, default=Amounts.seqlen)
-    parser.add_argument("--bits", type=float, default=Amounts.bits)
-    parser.add_argument("--threads", type=int, default=Amounts.threads)
-    parser.add_argument("--random-gb", type=float, default=RandomShape.gb, help="10^9 B of bf16")
+    parser.add_argument("--samples", type=int, default=amounts.small_samples)
+    parser.add_argument("--random-samples", type=int, default=amounts.random_samples)
+    parser.add_argument("--seqlen", type=int, default=amounts.seqlen)
+    parser.add_argument("--bits", type=float, default=amounts.bits)
+    parser.add_argument("--threads", type=int, default=amounts.threads)
+    parser.add_argument("--random-gb", type=float, default=RandomShape().gb, help="10^9 B of bf16")
     parser.add_argument("--random-all-schemes", action="store_true", help="eight, not four")
     parser.add_argument("--random-peer", action="store_true", help="llm-compressor on it too")
     parser.add_argument("--folder", type=Path, help="where there is room (twice the random model)")
