@@ -339,3 +339,10 @@ def test_quick_runs_take_the_number_of_threads_that_is_asked_for(monkeypatch):
     monkeypatch.setattr(sys, "argv", argv)
     amounts = bench_pipeline._amounts(bench_pipeline._arguments())
     assert amounts == cases.Amounts(8, 8, 64, 5, threads=1)
+
+
+def test_a_command_without_amounts_gets_the_stated_ones(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["bench_pipeline.py", "--json", str(tmp_path / "a.json")])
+    arguments = bench_pipeline._arguments()
+    assert bench_pipeline._amounts(arguments) == AMOUNTS
+    assert arguments.random_gb == models.RandomShape().gb
