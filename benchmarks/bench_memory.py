@@ -1,6 +1,6 @@
 """Memory benchmark: quantize a random checkpoint larger than memory and watch the resident set.
 
-    python benchmarks/bench_memory.py --gb 16 --layers 40 --kind moe --folder /tmp/bench
+    python benchmarks/bench_memory.py --gb 16 --layers 40 --kind moe --folder FOLDER
 
 Writes a checkpoint of that size shard by shard, says what disk the run will take, then runs
 ``mxq.quantize`` in a child process while this one samples the child's resident memory ten times a

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
+from tiny import randomize
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
@@ -205,21 +206,6 @@ def tiny_model(model_type: str, *, seed: int = 0, **changes: Any) -> Any:
     model = auto_class_of(model_type).from_config(config, dtype=torch.float32)
     randomize(model, seed=seed)
     return model.eval()
-
-
-def randomize(model: torch.nn.Module, *, seed: int) -> None:
-    """Give every parameter, and the buffers that files hold, random values."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for _, parameter in sorted(model.named_parameters()):
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() > 1:
-                parameter.copy_(0.15 * noise)
-            else:
-                parameter.add_(0.1 * noise)
-        for name, buffer in sorted(model.named_buffers()):
-            if name.endswith("e_score_correction_bias"):
-                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
 
 
 def _small_fields(config: PreTrainedConfig) -> dict[str, Any]:

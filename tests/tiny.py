@@ -85,6 +85,12 @@ def make_model(family, *, seed=0, **changes):
     if "layers_block_type" in fields:
         del fields["num_hidden_layers"]
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**fields), dtype=torch.float32)
+    randomize(model, seed=seed)
+    return model.eval()
+
+
+def randomize(model, *, seed):
+    """Give every parameter, and the buffers that files hold, random values."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, parameter in sorted(model.named_parameters()):
@@ -97,7 +103,6 @@ def make_model(family, *, seed=0, **changes):
         for name, buffer in sorted(model.named_buffers()):
             if name.endswith("e_score_correction_bias"):
                 buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
-    return model.eval()
 
 
 def save_tiny(

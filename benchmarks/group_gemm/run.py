@@ -19,7 +19,8 @@ from group_gemm.goals import goal_table, judge
 from group_gemm.peers import available
 from group_gemm.rows import Refused, make_row
 from group_gemm.shapes import MODELS, TINY, TOKENS, Model
-from group_gemm.timing import Clock, CudaClock, NoClock, clocks_mhz, measure_ceilings
+from group_gemm.timing import Clock, CudaClock, NoClock, measure_ceilings
+from mxq.kernels.tuning import clocks_mhz
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 

@@ -4,7 +4,6 @@
 on a machine without a GPU, and no number that was not measured can be written down.
 """
 
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import quantiles
@@ -125,16 +124,3 @@ def _products(side: int, device: str) -> Mapping[str, Callable[[], object]]:
             af, bf.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
         ),
     }
-
-
-def clocks_mhz() -> dict[str, float]:
-    """Clocks as nvidia-smi reports them; only asked for, never set. Empty where it cannot tell."""
-    names = {"sm": "clocks.sm", "memory": "clocks.mem", "sm_most": "clocks.max.sm"}
-    command = ["nvidia-smi", f"--query-gpu={','.join(names.values())}"]
-    command.append("--format=csv,noheader,nounits")
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
-        cells = done.stdout.splitlines()[0].split(",")
-        return {name: float(cell) for name, cell in zip(names, cells, strict=True)}
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return {}

@@ -21,12 +21,9 @@ from mxq.kernels.layout import (
     unpack_meta,
     weight_bytes,
 )
-from mxq.kernels.spec import WeightFormat, format_of
+from mxq.kernels.spec import PROBLEM_FIELDS, WeightFormat, format_of
 from mxq.numerics import QuantizedWeight, check_groups
 from mxq.scheme import Scheme
-
-PROBLEM_FIELDS = ("w_off", "meta_off", "n", "n_pad", "k_pad", "column", "expert", "bias_off")
-"""Columns of the problem table; offsets in bytes of ``words``, items of ``meta`` and ``bias``."""
 
 NO_BIAS = -1
 

@@ -30,15 +30,9 @@ from mxq.kernels.branches import (
 from mxq.kernels.code_fields import function_name
 from mxq.kernels.dequant import render_unpack
 from mxq.kernels.device_functions import render_helpers
-from mxq.kernels.spec import KernelSpec
+from mxq.kernels.spec import PROBLEM_FIELDS, TILE_FIELDS, KernelSpec
 
 ENTRY_POINT = "group_gemm"
-
-TILE_FIELDS = ("branch", "problem", "row0", "nrows", "n0", "unit0", "units", "slices")
-"""Columns of the tile table; the last one is ``slice | slices << 8``."""
-
-PROBLEM_FIELDS = ("w_off", "meta_off", "n", "n_pad", "k_pad", "column", "expert", "bias_off")
-"""Columns of the problem table."""
 
 
 def signature(spec: KernelSpec) -> dict[str, str]:
@@ -119,6 +113,8 @@ def _render_entry(spec: KernelSpec) -> str:
         entry=ENTRY_POINT,
         arguments="\n".join(f"    {name}," for name in signature(spec)),
         chain="\n".join(f"        {line}" for line in chain),
+        tile_fields=len(TILE_FIELDS),
+        problem_fields=len(PROBLEM_FIELDS),
     )
 
 
@@ -141,7 +137,7 @@ def {entry}(
     """Multiply one tile of the table; programs beyond its end have nothing to do."""
     tile = tl.program_id(0)
     if tile < tl.load(tile_count_ptr):
-        tile_ptr = tiles_ptr + tile * 8
-        problem_ptr = problems_ptr + tl.load(tile_ptr + 1) * 8
+        tile_ptr = tiles_ptr + tile * {tile_fields}
+        problem_ptr = problems_ptr + tl.load(tile_ptr + 1) * {problem_fields}
 {chain}
 '''

@@ -20,9 +20,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from mxq.kernels.arena import PROBLEM_FIELDS, GroupedWeights, bias_of, weight_of
+from mxq.kernels.arena import GroupedWeights, bias_of, weight_of
 from mxq.kernels.layout import padded
-from mxq.kernels.spec import Input, WeightFormat, format_of
+from mxq.kernels.spec import PROBLEM_FIELDS, Input, WeightFormat, format_of
 from mxq.numerics import FP8_MAX, QuantizedWeight, dequantize, rotate
 
 BF16_ROUNDOFF = 2.0**-8

@@ -20,7 +20,7 @@ from mxq.kernels.routing_kernels import (
     scatter_kernel,
     tile_table_kernel,
 )
-from mxq.kernels.spec import ROW_TILE
+from mxq.kernels.spec import ROW_TILE, TILE_FIELDS
 
 SMALL_LIMIT = 4096
 """Assignments up to which one launch that compares all pairs is used; more take three launches."""
@@ -31,8 +31,8 @@ EXPERTS_LIMIT = 65536
 PROBLEMS_LIMIT = 2048
 """Most problems of a GEMM: every program of the tile table looks at all of them at once."""
 
-TILE_WORDS = 8
-"""Words of a tile: branch, problem, row0, nrows, n0, unit0, units, slice | slices << 8."""
+TILE_WORDS = len(TILE_FIELDS)
+"""Words of a tile."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -225,3 +225,10 @@ def single_specs(spec: KernelSpec) -> tuple[KernelSpec, ...]:
         replace(spec, branches=tuple(b for b in spec.branches if b.format == form))
         for form in forms
     )
+
+
+PROBLEM_FIELDS = ("w_off", "meta_off", "n", "n_pad", "k_pad", "column", "expert", "bias_off")
+"""Columns of a problem table; offsets in bytes of words, items of metadata and of biases."""
+
+TILE_FIELDS = ("branch", "problem", "row0", "nrows", "n0", "unit0", "units", "slices")
+"""Columns of a tile table; the last one is ``slice | slices << 8``."""

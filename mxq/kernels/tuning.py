@@ -130,7 +130,7 @@ def cuda_bench() -> Bench:
         gpu=torch.cuda.get_device_name(),
         launcher=group_gemm_launches,
         timer=time_graph,
-        clocks_mhz=_clocks_mhz,
+        clocks_mhz=clocks_mhz,
         versions=_versions(),
     )
 
@@ -160,8 +160,11 @@ def time_graph(launches: Sequence[Launch], replays: int) -> list[float]:
     return times
 
 
-def _clocks_mhz() -> dict[str, float]:
-    """Clocks of the multiprocessors and of the memory as the driver's tool reports them."""
+def clocks_mhz() -> dict[str, float]:
+    """Clocks of the multiprocessors and of the memory as the driver's tool reports them, never set.
+
+    Empty where it cannot tell.
+    """
     names = {"sm": "clocks.sm", "memory": "clocks.mem", "sm most": "clocks.max.sm"}
     command = ["nvidia-smi", f"--query-gpu={','.join(names.values())}"]
     command.append("--format=csv,noheader,nounits")
