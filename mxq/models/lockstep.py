@@ -104,23 +104,26 @@ def run_in_lockstep(
     """Run ``model(input_ids=batch)`` for all batches, layer by layer.
 
     Parameters require no gradient here, so a graph grows only behind a hidden state that
-    ``on_layer`` returned with ``requires_grad``.
+    ``on_layer`` returned with ``requires_grad``. Without ``on_result`` only the first batch goes
+    on after the last layer, to see that the model ends there: nobody looks at the logits.
 
     Raises:
         Whatever the model, ``on_layer`` or ``on_result`` raise; no thread is left behind.
     """
-
-    def on_results(batch: int, results: Sequence[object]) -> None:
-        if on_result is not None:
-            on_result(batch, results[0])
-
+    on_results = None
+    if on_result is not None:
+        on_results = _of_one_model(on_result)
     run_side_by_side([Track(model, layers, on_layer)], batches, on_results, store=store)
+
+
+def _of_one_model(on_result: OnResult) -> OnResults:
+    return lambda batch, results: on_result(batch, results[0])
 
 
 def run_side_by_side(
     tracks: Sequence[Track],
     batches: Sequence[Tensor],
-    on_results: OnResults,
+    on_results: OnResults | None,
     *,
     store: ActivationStore | None = None,
 ) -> None:
@@ -147,7 +150,7 @@ def run_side_by_side(
 
 
 def _drive(
-    tracks: Sequence[Track], runners: "Sequence[Sequence[_Runner]]", on_results: OnResults
+    tracks: Sequence[Track], runners: "Sequence[Sequence[_Runner]]", on_results: OnResults | None
 ) -> None:
     for runner in chain.from_iterable(runners):
         runner.advance(None)
@@ -159,7 +162,10 @@ def _drive(
             for runner in chain.from_iterable(runners):
                 runner.advance(runner.waiting_output)
     for batch, members in enumerate(zip(*runners, strict=True)):
-        on_results(batch, [runner.end() for runner in members])
+        results = [runner.end() for runner in members]
+        if on_results is None:
+            break
+        on_results(batch, results)
 
 
 def _visit(track: Track, index: int, runners: "Sequence[_Runner]") -> None:

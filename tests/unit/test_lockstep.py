@@ -213,7 +213,16 @@ def test_an_exception_in_on_result_is_raised():
 def test_an_exception_in_the_model_is_raised():
     batches = [BATCHES[0], torch.tensor([[-1]]), BATCHES[2]]
     with pytest.raises(RuntimeError, match="an id is negative"):
-        lockstep(Model(), batches)
+        lockstep(Model(), batches, on_result=lambda batch, result: None)
+
+
+def test_only_one_batch_runs_behind_the_layers_where_no_result_is_wanted():
+    batches = [BATCHES[0], torch.tensor([[-1]]), BATCHES[2]]  # fails behind its last layer
+    visits = []
+    lockstep(Model(), batches, lambda layer, calls: visits.append(layer) or run_all(layer, calls))
+    assert visits == [0, 1, 2]
+    with pytest.raises(RuntimeError, match="an id is negative"):
+        lockstep(Model(), batches[1:])
 
 
 def test_an_exception_before_the_first_layer_is_raised():
