@@ -288,8 +288,9 @@ def _seconds(sizes: Sizes, work: Workload, rates: Rates) -> dict[str, float]:
     tries = 3 if work.settings.rotation == "auto" and len(work.settings.schemes) > 1 else 1
     # Blocks are dealt to the processes; every one of them runs the layers.
     one = _one_scheme(blocks, rates, gptq) / work.processes
-    moments = _moments(sizes, blocks, work.fit_tokens) / rates.operations_per_second
-    moments /= work.processes
+    # Second moments and, for GPTQ, their factors: once for all schemes of a visit.
+    moments = _moments(sizes, blocks, work.fit_tokens) + (_factors(blocks) if gptq else 0.0)
+    moments /= rates.operations_per_second * work.processes
     # Forward twice and backward once, or forward once; the experts' probes; outputs by scheme.
     runs = (5 if work.settings.sensitivity.needs_gradients else 3) + 2 * len(work.settings.schemes)
     measured = (len(integers) + (tries - 1)) * one + tries * moments
@@ -307,9 +308,14 @@ def _one_scheme(blocks: Sequence[LinearBlock], rates: Rates, gptq: bool) -> floa
     search = weights / rates.searched_weights_per_second
     if not gptq:
         return search
-    # Round to nearest is tried beside it; then N K^2 multiply-adds, and three factorizations.
-    products = sum(2.0 * b.weights * b.in_features + 2.0 * b.in_features**3 for b in blocks)
-    return 2 * search + products / rates.operations_per_second
+    # Round to nearest, beside it, takes the same grid; the columns are N K^2 multiply-adds.
+    products = sum(2.0 * b.weights * b.in_features for b in blocks)
+    return search + products / rates.operations_per_second
+
+
+def _factors(blocks: Sequence[LinearBlock]) -> float:
+    """Operations for the three factorizations of every block's second moments."""
+    return sum(2.0 * b.in_features**3 for b in blocks)
 
 
 def _moments(sizes: Sizes, blocks: Sequence[LinearBlock], tokens: int) -> float:

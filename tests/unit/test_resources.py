@@ -102,7 +102,7 @@ def test_the_clip_search_of_every_scheme_and_plan_is_in_the_time(adapter):
     tried = estimate(sizes, work_of(adapter, rotation="auto"), free).seconds
     assert tried["measure"] == pytest.approx(4 * weights / 1e6)  # the cheapest one, both ways
     both = estimate(sizes, work_of(adapter, quantizer="gptq"), free).seconds
-    assert both["measure"] == pytest.approx(4 * weights / 1e6)  # with round to nearest beside it
+    assert both["measure"] == seconds["measure"]  # round to nearest beside it takes the same grid
 
 
 def test_a_forward_counts_the_experts_that_a_token_takes(adapter):
