@@ -23,15 +23,8 @@ from torch import Tensor
 COLD_SHARE = 0.5
 """Part of the limit that cold tensors may take: they are read once, so a file costs them least."""
 
-DIRECT_BYTES = 4 * 2**20
-"""Size from which memory goes back to the system when it is freed."""
-
 SPAN_BYTES = 64 * 2**20
 """Bytes of a file that are resident at a time while rows are gathered from it."""
-
-
-_M_MMAP_THRESHOLD = -3
-"""Number of the option in glibc's malloc.h."""
 
 
 @dataclass(slots=True)
@@ -152,17 +145,6 @@ class ActivationStore:
 def is_on_host(tensor: Tensor) -> bool:
     """Whether the values are in the memory of the CPU."""
     return tensor.device.type == "cpu"
-
-
-def return_freed_memory() -> None:
-    """Ask the C library to give every large piece of memory back as soon as it is freed.
-
-    glibc raises its own limit for that to 32 MiB as pieces are freed, so the weights of experts
-    would stay: with layers of 0.7 GB, 0.5 GB after the first was dropped. Does nothing elsewhere.
-    """
-    tune = getattr(ctypes.CDLL(None), "mallopt", None)
-    if tune is not None:
-        tune(_M_MMAP_THRESHOLD, DIRECT_BYTES)
 
 
 def _address(tensor: Tensor) -> int:

@@ -29,7 +29,7 @@ from transformers.modeling_utils import LoadStateDictConfig, _load_parameter_int
 from transformers.utils import logging
 
 from mxq.compute import CPU
-from mxq.models.activations import return_freed_memory
+from mxq.heap import keep_temporaries, loading_weights
 from mxq.models.claims import (
     check_depth,
     check_floating,
@@ -211,7 +211,8 @@ class ModelSource:
         merged = [target for target in targets if len(self._keys[target]) > 1]
         plain = [target for target in targets if len(self._keys[target]) == 1]
         for group in ([plain] if plain else []) + [[target] for target in merged]:
-            self._load_group(group)
+            with loading_weights():
+                self._load_group(group)
             self._place(self.model)
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
@@ -288,7 +289,7 @@ def open_source(
         ValueError: If there is no such model, it is not a causal language model in safetensors,
             or it is quantized in a form that mxq does not read.
     """
-    return_freed_memory()
+    keep_temporaries()
     folder = resolve_folder(model, revision=revision)
     files = check_folder(folder)
     try:

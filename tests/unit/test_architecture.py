@@ -29,6 +29,7 @@ LEVELS = {
     "blocks": 1,
     "compute": 1,
     "config": 1,
+    "heap": 1,
     "json_values": 1,
     "demo": 1,
     "kernels.spec": 1,
