@@ -77,8 +77,8 @@ class _Mode(TorchDispatchMode):
 
 @contextmanager
 def pretend_gpu():
-    """DEVICE works while the context is open, in threads that are started in it too."""
-    with _Mode(), _known_to_autocast(), _modes_in_threads(), _whole_operations():
+    """DEVICE works while the context is open, in this thread."""
+    with _Mode(), _known_to_autocast(), _whole_operations():
         yield DEVICE
 
 
@@ -147,21 +147,6 @@ def _known_to_autocast():
         return False if kind == DEVICE.type else (ask() if kind is None else ask(kind))
 
     with mock.patch("torch.is_autocast_enabled", answer):
-        yield
-
-
-@contextmanager
-def _modes_in_threads():
-    """A dispatch mode belongs to a thread; a model's forward passes run in threads of mxq."""
-    from mxq.models import lockstep
-
-    run = lockstep._Runner.run
-
-    def with_mode(self):
-        with _Mode():
-            run(self)
-
-    with mock.patch.object(lockstep._Runner, "run", with_mode):
         yield
 
 

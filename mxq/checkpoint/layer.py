@@ -20,23 +20,24 @@ from mxq.checkpoint.tensors import from_tensors, tensor_shapes, to_tensors
 from mxq.distributed import Team
 from mxq.models.activations import ActivationStore
 from mxq.models.adapter import Capture, ModelAdapter
-from mxq.models.experts import is_fused_experts
+from mxq.models.experts import is_fused_experts, projection_shapes
 from mxq.models.lockstep import LayerCall
 from mxq.models.probes import (
     Captures,
     Probe,
     SiteInputs,
     device_of,
-    expert_probes,
+    expert_inputs,
     linear_probe,
 )
 from mxq.quantizers.choose import (
+    BatchInputs,
     BlockInputs,
     Candidate,
     expert_chunks,
     make_batch,
+    make_inputs,
     quantize_batch,
-    rotate_batch,
 )
 from mxq.quantizers.method import Method
 from mxq.quantizers.moments import second_moments
@@ -133,8 +134,16 @@ def _share_group(
 ) -> list[_Found]:
     """Quantize the sites of one input, each process its part; every process installs all."""
     mine = _Found()
+    known: dict[int, BatchInputs] = {}
     for inputs, parts in _dealt(job, layer, calls, group):
-        mine.take(job, _quantize_site(job, layer, inputs, parts, mine.unrouted))
+        if parts == [None]:
+            # Linears that read the same tensor are of this group; what is known of it is shared.
+            place = id(inputs.x_TK)
+            if place not in known:
+                known[place] = _known_of_linear(job, layer, inputs)
+            mine.take(job, _quantize_blocks(job, [inputs.site], known[place]))
+        else:
+            mine.take(job, _quantize_experts(job, layer, inputs, parts, mine.unrouted))
     note = json.dumps([mine.quantizers, mine.unrouted])
     found = []
     for rank, (text, tensors) in enumerate(job.team.exchange_tensors(note, mine.tensors)):
@@ -206,39 +215,55 @@ def _inputs_of_sites(
     return captures.join(job.fit_tokens)
 
 
-def _quantize_site(
+def _known_of_linear(job: PackJob, layer: int, inputs: SiteInputs) -> BatchInputs:
+    probe = linear_probe(job.adapter.module(inputs.site), inputs, with_output=False)
+    return _known_of(job, layer, [probe], None)
+
+
+def _quantize_experts(
     job: PackJob, layer: int, inputs: SiteInputs, parts: Sequence[_Part], unrouted: list[str]
 ) -> Iterator[Candidate]:
-    """Quantize parts of a site; experts without tokens are added to ``unrouted``."""
+    """Quantize some experts of a site; those without tokens are added to ``unrouted``."""
     module = job.adapter.module(inputs.site)
-    if not is_fused_experts(module):
-        yield from _quantize_probes(
-            job, layer, [linear_probe(module, inputs, with_output=False)], None
-        )
-        return
     fit = inputs.x_TK[: job.fit_tokens]
     prior_KK = second_moments(fit, torch.ones(len(fit), device=device_of(module)))
     for experts in parts:
         assert experts is not None
-        probes = [expert_probes(module, inputs, expert) for expert in experts]
-        unrouted.extend(_expert_of(p["down"].block) for p in probes if p["down"].tokens == 0)
-        for projection in [name for name in probes[0] if name != "down"]:
-            yield from _quantize_probes(job, layer, [p[projection] for p in probes], prior_KK)
-        # Gate and up are in place now: the inner activation is that of the quantized expert.
-        probes = [expert_probes(module, inputs, expert) for expert in experts]
-        yield from _quantize_probes(job, layer, [p["down"] for p in probes], None)
+        seen = [expert_inputs(module, inputs, expert) for expert in experts]
+        # All but the down projection read the same.
+        first, *others = [name for name in projection_shapes(module) if name != "down"]
+        probes = [one.probe(first) for one in seen]
+        known = _known_of(job, layer, probes, prior_KK)
+        for name in (first, *others):
+            blocks = [_sibling(probe.block, name) for probe in probes]
+            yield from _quantize_blocks(job, blocks, known)
+        # They are in place now: the inner activation is that of the quantized expert.
+        probes = [one.probe("down") for one in seen]
+        unrouted.extend(_expert_of(probe.block) for probe in probes if probe.tokens == 0)
+        blocks = [probe.block for probe in probes]
+        yield from _quantize_blocks(job, blocks, _known_of(job, layer, probes, None))
 
 
-def _quantize_probes(
+def _known_of(
     job: PackJob, layer: int, probes: Sequence[Probe], prior_KK: Tensor | None
+) -> BatchInputs:
+    """What there is to know of the probes' inputs, in the frame of their layer."""
+    blocks = [BlockInputs(p.block, p.x_TK, p.gate_T, p.fit_rows) for p in probes]
+    known = make_inputs(blocks, prior_KK)
+    return known.turned if job.rotated(layer) else known
+
+
+def _quantize_blocks(
+    job: PackJob, blocks: Sequence[str], known: BatchInputs
 ) -> Iterator[Candidate]:
-    """Quantize the probes' blocks, those of one scheme together, and install them."""
-    by_scheme: dict[Scheme, list[Probe]] = defaultdict(list)
-    for probe in probes:
-        by_scheme[job.allocation.schemes[probe.block]].append(probe)
-    for scheme, members in sorted(by_scheme.items()):
-        batch = make_batch([_inputs_of(job.adapter, probe) for probe in members], prior_KK)
-        batch = rotate_batch(batch) if job.rotated(layer) else batch
+    """Quantize blocks of one shape, those of one scheme together, and install them."""
+    by_scheme: dict[Scheme, list[int]] = defaultdict(list)
+    for place, name in enumerate(blocks):
+        by_scheme[job.allocation.schemes[name]].append(place)
+    for scheme, places in sorted(by_scheme.items()):
+        names = [blocks[place] for place in places]
+        weights = [_weight_of(job.adapter, name) for name in names]
+        batch = make_batch(names, weights, known.select(places))
         candidates = quantize_batch(batch, scheme, job.method)
         for candidate in candidates:
             job.adapter.install(candidate.block, candidate.dense(), scheme, candidate.rotated)
@@ -249,10 +274,13 @@ def _expert_of(block: str) -> str:
     return block.rsplit(".", 1)[0]
 
 
-def _inputs_of(adapter: ModelAdapter, probe: Probe) -> BlockInputs:
-    block = adapter.block(probe.block)
-    w_NK = read_block(adapter.parameter(block), block).clone()
-    return BlockInputs(probe.block, w_NK, probe.x_TK, probe.gate_T, probe.fit_rows)
+def _sibling(block: str, projection: str) -> str:
+    return f"{_expert_of(block)}.{projection}"
+
+
+def _weight_of(adapter: ModelAdapter, name: str) -> Tensor:
+    block = adapter.block(name)
+    return read_block(adapter.parameter(block), block).clone()
 
 
 class _AllSeen(BaseException):

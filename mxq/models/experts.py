@@ -151,7 +151,7 @@ def route(
         if expert < experts:
             rows, positions = routed_tokens(index_TR, expert)
             y = output(expert, hidden_TH[rows]) * weights_TR[rows, positions, None]
-            total_TH = total_TH.index_add(0, rows, y.to(total_TH.dtype))
+            total_TH.index_add_(0, rows, y.to(total_TH.dtype))
     return total_TH
 
 

@@ -1,20 +1,23 @@
 """Run a model's own forward for all batches at once, stopping at every decoder layer.
 
-Each batch runs the real forward in its own thread; a decoder layer is a meeting point where the
-thread waits. The controller sees the calls of layer i of all batches, so the layer's weights are
-read once, used for every batch and dropped. Masks, position embeddings and state that passes from
-layer to layer are made by the model's own code, whatever the family. Only one thread runs at a
-time: the threads are coroutines, not parallelism. Hidden states are kept by an ``ActivationStore``
-from the moment that they reach a layer, so those of waiting batches may lie in files. A model on a
-GPU computes there: hidden states go to it for a call and to the model's own code, and come back.
+Each batch runs the real forward in its own greenlet (a coroutine that can pause inside a call); a
+decoder layer is a meeting point where it waits. The controller sees the calls of layer i of all
+batches, so the layer's weights are read once, used for every batch and dropped. Masks, position
+embeddings and state that passes from layer to layer are made by the model's own code, whatever the
+family. Not threads: each would start processor threads of its own inside torch, and with more of
+them than processors every operation waits for one to wake up. Hidden states are kept by an
+``ActivationStore`` from the moment that they reach a layer, so those of waiting batches may lie in
+files. A model on a GPU computes there: hidden states go to it for a call and to the model's own
+code, and come back.
 """
 
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
+from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from mxq.compute import CPU
@@ -108,7 +111,7 @@ def run_in_lockstep(
     on after the last layer, to see that the model ends there: nobody looks at the logits.
 
     Raises:
-        Whatever the model, ``on_layer`` or ``on_result`` raise; no thread is left behind.
+        Whatever the model, ``on_layer`` or ``on_result`` raise; no pass is left waiting.
     """
     on_results = None
     if on_result is not None:
@@ -130,7 +133,7 @@ def run_side_by_side(
     """Run several models of the same depth, each layer of all of them before the next.
 
     Raises:
-        Whatever a model or a callback raises; no thread is left behind.
+        Whatever a model or a callback raises; no pass is left waiting.
     """
     store = store or ActivationStore()
     runners: list[list[_Runner]] = []
@@ -140,7 +143,7 @@ def run_side_by_side(
             originals = [layer.forward for layer in track.layers]
             for index, layer in enumerate(track.layers):
                 layer.forward = meeting.stand_in(index, originals[index])
-            runners.append([_Runner(track.model, batch, meeting) for batch in batches])
+            runners.append([_Runner(track.model, batch) for batch in batches])
         _drive(tracks, runners, on_results)
     finally:
         for runner in chain.from_iterable(runners):
@@ -174,20 +177,16 @@ def _visit(track: Track, index: int, runners: "Sequence[_Runner]") -> None:
         runner.waiting_output = output
 
 
-class _Abandoned(BaseException):
-    """Ends a waiting thread; not an Exception, so that no model code catches it."""
-
-
 class _Meeting:
-    """Finds the runner of the current thread for the stand-ins of the layers."""
+    """Stand-ins of the layers, where the greenlet of a batch waits."""
 
     def __init__(self, store: ActivationStore) -> None:
-        self.local = threading.local()
         self.store = store
 
     def stand_in(self, index: int, forward: Callable[..., object]) -> Callable[..., object]:
         def wait(*args: object, **kwargs: object) -> object:
-            runner: _Runner = self.local.runner
+            runner = getcurrent()
+            assert isinstance(runner, _Runner)
             call = LayerCall(forward, args, kwargs)
             call = replace(call, device=call.hidden.device)
             call = call.with_hidden(runner.kept(call.hidden, self.store))
@@ -198,31 +197,23 @@ class _Meeting:
         return wait
 
 
-class _Runner(threading.Thread):
+class _Runner(greenlet):
     """One batch's forward pass, stopped at each layer."""
 
-    def __init__(self, model: nn.Module, batch: Tensor, meeting: _Meeting) -> None:
-        super().__init__(daemon=True)
-        self.model, self.batch, self.meeting = model, batch, meeting
+    def __init__(self, model: nn.Module, batch: Tensor) -> None:
+        super().__init__()
+        self.model, self.batch = model, batch
         self.call: tuple[int, LayerCall] | None = None
         self.waiting_output: object = None
         self.result: object = None
-        self.error: BaseException | None = None
         self._given: tuple[Tensor, Tensor] | None = None
-        self._abandoned = False
-        self._to_controller, self._to_model = threading.Event(), threading.Event()
 
     def run(self) -> None:
-        self.meeting.local.runner = self
         try:
             with torch.enable_grad():
                 self.result = self.model(input_ids=self.batch, use_cache=False)
-        except _Abandoned:
-            pass
-        except BaseException as error:  # noqa: BLE001 - handed to the controller, which raises it
-            self.error = error
-        self.call = self._given = None
-        self._to_controller.set()
+        finally:
+            self.call = self._given = None
 
     def kept(self, hidden: Tensor, store: ActivationStore) -> Tensor:
         """What the store has of hidden states; nothing is copied if the model left them alone."""
@@ -238,27 +229,20 @@ class _Runner(threading.Thread):
         return with_hidden_of(output, self._given[0])
 
     def meet(self, index: int, call: LayerCall) -> object:
-        """Called in the model's thread: wait for the controller's output of this layer."""
+        """Called by the model: wait for the controller's output of this layer."""
         self.call = (index, call)
-        self._to_controller.set()
-        self._to_model.wait()
-        self._to_model.clear()
-        if self._abandoned:
-            raise _Abandoned
+        assert self.parent is not None
+        with _own_grad_mode():
+            self.parent.switch()
         output, self.waiting_output = self.waiting_output, None
         return output
 
     def advance(self, output: object) -> None:
         """Called by the controller: let the model run to the next layer or to its end."""
-        self._to_controller.clear()
         self.call, self.waiting_output = None, output
-        if self.ident is None:
-            self.start()
-        else:
-            self._to_model.set()
-        self._to_controller.wait()
-        if self.error is not None:
-            raise self.error
+        self.parent = getcurrent()  # where a switch back, the end and any error go
+        with _own_grad_mode():
+            self.switch()
 
     def call_of(self, index: int) -> LayerCall:
         if self.call is None or self.call[0] != index:
@@ -275,7 +259,17 @@ class _Runner(threading.Thread):
         return result
 
     def abandon(self) -> None:
-        if self.is_alive():
-            self._abandoned = True
-            self._to_model.set()
-            self.join()
+        """Called by the controller: end a model that waits, which is no error."""
+        if self:
+            with _own_grad_mode():
+                self.throw()
+
+
+@contextmanager
+def _own_grad_mode() -> Iterator[None]:
+    """Whether gradients are on is the thread's, so each side restores its own after a switch."""
+    enabled = torch.is_grad_enabled()
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(enabled)

@@ -179,38 +179,92 @@ def linear_probe(
     )
 
 
-def expert_probes(
+@dataclass(frozen=True, slots=True)
+class ExpertInputs:
+    """What one expert receives: [T, H], its routing weights, and which rows are here.
+
+    ``tokens`` came in all, the ``fit_rows`` of those that are here come first.
+    """
+
+    module: nn.Module
+    inputs: SiteInputs
+    expert: int
+    rows: Tensor
+    x_TH: Tensor
+    gate_T: Tensor
+    tokens: int
+    fit_rows: int
+
+    def probe(self, projection: str) -> Probe:
+        """A probe without output, of the expert as its weights are now.
+
+        Before the down projection nothing is computed: what reads the same input shares it.
+        """
+        x_TK = self.x_TH
+        if projection == "down":
+            linear = working_linear(self.module, self.expert)
+            x_TK = expert_inner(cast(Experts, self.module), linear, x_TK)
+        return self._probe(projection, x_TK, x_TK.new_zeros(0, 0), None, None)
+
+    def probes(self) -> dict[str, Probe]:
+        """``{projection: probe}``, with outputs and, where the site has them, gradients."""
+        trace = _Trace(self.module, self.expert, self.x_TH, self.gate_T)
+        grads: Mapping[str, Tensor | None] = dict.fromkeys(trace.outputs)
+        grad_TH = self.inputs.grads(self.rows, self.x_TH.device)
+        if grad_TH is not None and len(self.rows) > 0:
+            grads = trace.gradients(grad_TH)
+        return {
+            name: self._probe(
+                name,
+                trace.inputs[name].detach(),
+                trace.outputs[name].detach(),
+                grads[name],
+                trace.finisher(name),
+            )
+            for name in trace.outputs
+        }
+
+    def _probe(
+        self,
+        projection: str,
+        x_TK: Tensor,
+        z_TN: Tensor,
+        grad_TN: Tensor | None,
+        finish: Callable[[Tensor], Tensor] | None,
+    ) -> Probe:
+        return Probe(
+            block=f"{self.inputs.site}.{self.expert}.{projection}",
+            x_TK=x_TK,
+            z_TN=z_TN,
+            bias_N=expert_bias(self.module, self.expert, projection),
+            gate_T=self.gate_T,
+            grad_TN=grad_TN,
+            tokens=self.tokens,
+            fit_rows=self.fit_rows,
+            finish=finish,
+        )
+
+
+def expert_inputs(
     module: nn.Module, inputs: SiteInputs, expert: int, *, max_tokens: int | None = None
-) -> dict[str, Probe]:
-    """``{projection: probe}`` of one expert; probes without rows where no token came."""
+) -> ExpertInputs:
+    """What the router sent to one expert; no rows where no token came."""
     assert inputs.index_TR is not None
     assert inputs.weights_TR is not None
     rows, positions = routed_tokens(inputs.index_TR, expert)
-    tokens = len(rows)
     kept = _thin(torch.arange(len(rows)), max_tokens)
-    rows, positions = rows[kept], positions[kept]
+    tokens, rows, positions = len(rows), rows[kept], positions[kept]
     device = device_of(module)
-    gate_T = inputs.weights_TR[rows, positions].to(device, torch.float32)
-    trace = _Trace(module, expert, inputs.rows(rows, device), gate_T)
-    grads: Mapping[str, Tensor | None] = dict.fromkeys(trace.outputs)
-    grad_TH = inputs.grads(rows, device)
-    if grad_TH is not None and len(rows) > 0:
-        grads = trace.gradients(grad_TH)
-    fit_rows = int((rows < inputs.fit_tokens).sum())
-    return {
-        projection: Probe(
-            block=f"{inputs.site}.{expert}.{projection}",
-            x_TK=trace.inputs[projection].detach(),
-            z_TN=trace.outputs[projection].detach(),
-            bias_N=expert_bias(module, expert, projection),
-            gate_T=gate_T,
-            grad_TN=grads[projection],
-            tokens=tokens,
-            fit_rows=fit_rows,
-            finish=trace.finisher(projection),
-        )
-        for projection in trace.outputs
-    }
+    return ExpertInputs(
+        module,
+        inputs,
+        expert,
+        rows,
+        inputs.rows(rows, device),
+        inputs.weights_TR[rows, positions].to(device, torch.float32),
+        tokens,
+        int((rows < inputs.fit_tokens).sum()),
+    )
 
 
 def device_of(module: nn.Module) -> torch.device:

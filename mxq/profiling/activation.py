@@ -15,7 +15,7 @@ from mxq.artifacts import Provenance
 from mxq.models.adapter import ModelAdapter
 from mxq.models.experts import is_fused_experts
 from mxq.models.lockstep import LayerCall
-from mxq.models.probes import SiteInputs, expert_probes
+from mxq.models.probes import SiteInputs, expert_inputs
 from mxq.models.sweep import Batches, OnProgress, sweep_forward
 
 
@@ -185,8 +185,8 @@ def _powers(
     assert is_fused_experts(module)
     rows = []
     for expert in range(experts):
-        probes = expert_probes(module, inputs, expert)
-        rows.append([_mean_square(probes[name].x_TK) for name in ("up", "down")])
+        seen = expert_inputs(module, inputs, expert)
+        rows.append([_mean_square(seen.probe(name).x_TK) for name in ("up", "down")])
     return tuple(row[0] for row in rows), tuple(row[1] for row in rows)
 
 

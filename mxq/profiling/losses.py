@@ -2,30 +2,30 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
 from torch import Tensor, nn
 
 from mxq.artifacts import Provenance
-from mxq.blocks import read_block
+from mxq.blocks import LinearBlock, read_block
 from mxq.models.adapter import ModelAdapter
 from mxq.models.experts import is_fused_experts
 from mxq.models.lockstep import LayerCall, hidden_of
-from mxq.models.probes import Probe, SiteInputs, device_of, expert_probes, linear_probe
+from mxq.models.probes import Probe, SiteInputs, device_of, expert_inputs, linear_probe
 from mxq.models.sweep import Batches
-from mxq.profiling.sensitivity import LayerContext, Sensitivity
+from mxq.profiling.sensitivity import LayerContext, Sensitivity, squares
 from mxq.quantizers.choose import (
     MIN_HELDOUT_ROWS,
+    BatchInputs,
     BlockBatch,
     BlockInputs,
     Candidate,
     expert_chunks,
     make_batch,
-    quantize_batch,
+    make_inputs,
     quantize_schemes,
-    rotate_batch,
 )
 from mxq.quantizers.method import Method
 from mxq.quantizers.moments import second_moments
@@ -91,41 +91,86 @@ def measure_layer(
         ValueError: If a weight, an activation or a loss is not finite; names the block.
     """
     context = _context(adapter, batches, visit)
-    is_rotated = _should_rotate(adapter, visit.sites, context, settings)
-    rows: list[BlockLosses] = []
-    for inputs in visit.sites.values():
-        for probes, batch in _batches(adapter, inputs, settings):
-            turned = rotate_batch(batch) if is_rotated else batch
-            rows.extend(_measure_batch(probes, turned, context, settings))
-    return LayerLosses(visit.layer, is_rotated, tuple(rows), provenance)
+    is_rotated, found, is_tried = settings.rotation == "on", _Found(), settings.rotation == "auto"
+    if is_tried:
+        is_rotated, found = _try_rotation(adapter, visit, context, settings)
+    if not is_tried or _has_choice(adapter.blocks(visit.layer), settings):
+        for members in _members(adapter, visit, settings):
+            _measure(members, found, is_rotated, context, settings)
+    return LayerLosses(visit.layer, is_rotated, found.rows(settings.schemes), provenance)
 
 
-def _measure_batch(
-    probes: Sequence[Probe],
-    batch: BlockBatch,
+@dataclass(frozen=True, slots=True)
+class _Members:
+    """Blocks of one shape that are measured together."""
+
+    probes: Sequence[Probe]
+    weights: Sequence[Tensor]
+    inputs: BatchInputs
+
+    def fitting(self, schemes: Sequence[Scheme]) -> list[Scheme]:
+        """The schemes that fit their shape."""
+        return [scheme for scheme in schemes if scheme.fits(self.weights[0].shape[-1])]
+
+    def cheapest(self, schemes: Sequence[Scheme]) -> Scheme:
+        """The fitting scheme that stores least."""
+        n, k = self.weights[0].shape
+        return min(self.fitting(schemes), key=lambda scheme: scheme.storage_bits(n, k))
+
+    def batch(self, *, rotated: bool) -> BlockBatch:
+        """What a quantizer gets of them."""
+        inputs = self.inputs.turned if rotated else self.inputs
+        return make_batch([probe.block for probe in self.probes], self.weights, inputs)
+
+
+@dataclass(slots=True)
+class _Found:
+    """What is known of a layer's blocks: tokens, and loss and winning quantizer by scheme."""
+
+    tokens: dict[str, int] = field(default_factory=dict)
+    losses: dict[tuple[str, Scheme], tuple[float, str]] = field(default_factory=dict)
+
+    def rows(self, schemes: Sequence[Scheme]) -> tuple[BlockLosses, ...]:
+        """One row for each block, in the order of measurement."""
+        rows = []
+        for block, tokens in self.tokens.items():
+            pairs = [self.losses.get((block, scheme), (math.inf, "")) for scheme in schemes]
+            losses, quantizers = zip(*pairs, strict=True)
+            rows.append(BlockLosses(block, tokens, losses, quantizers))
+        return tuple(rows)
+
+
+def _measure(
+    members: _Members,
+    found: _Found,
+    rotated: bool,
     context: LayerContext,
     settings: MeasureSettings,
-) -> list[BlockLosses]:
-    fitting = [scheme for scheme in settings.schemes if scheme.fits(batch.w_BNK.shape[-1])]
-    losses: dict[Scheme, list[float]] = {}
-    quantizers: dict[Scheme, list[str]] = {}
-    found = quantize_schemes(batch, fitting, settings.method)
-    for scheme, candidates in zip(fitting, found, strict=True):
-        losses[scheme] = _losses_of(probes, candidates, context, settings.sensitivity)
-        quantizers[scheme] = [candidate.quantizer for candidate in candidates]
-    return [
-        BlockLosses(
-            probe.block,
-            probe.tokens,
-            tuple(losses[s][index] if s in losses else math.inf for s in settings.schemes),
-            tuple(quantizers[s][index] if s in losses else "" for s in settings.schemes),
-        )
-        for index, probe in enumerate(probes)
-    ]
+    schemes: Sequence[Scheme] | None = None,
+) -> float:
+    """Add to what was found under the schemes (None: all that fit and are unknown); their sum."""
+    if schemes is None:
+        first = members.probes[0].block
+        schemes = [s for s in members.fitting(settings.schemes) if (first, s) not in found.losses]
+    found.tokens.update({probe.block: probe.tokens for probe in members.probes})
+    total = 0.0
+    quantized = quantize_schemes(members.batch(rotated=rotated), schemes, settings.method)
+    for scheme, candidates in zip(schemes, quantized, strict=True):
+        losses = _losses_of(members, candidates, context, settings.sensitivity)
+        total += sum(losses)
+        for candidate, loss in zip(candidates, losses, strict=True):
+            found.losses[candidate.block, scheme] = loss, candidate.quantizer
+    return total
+
+
+def _has_choice(blocks: Sequence[LinearBlock], settings: MeasureSettings) -> bool:
+    """Whether more than one scheme fits a block."""
+    widths = {block.in_features for block in blocks}
+    return any(sum(scheme.fits(k) for scheme in settings.schemes) > 1 for k in widths)
 
 
 def _losses_of(
-    probes: Sequence[Probe],
+    members: _Members,
     candidates: Sequence[Candidate],
     context: LayerContext,
     sensitivity: Sensitivity,
@@ -134,7 +179,8 @@ def _losses_of(
 
     A block with too few of those takes the largest factor of its batch: it has the fewest tokens.
     """
-    outputs = [_output(*pair) for pair in zip(probes, candidates, strict=True)]
+    probes = members.probes
+    outputs = [_output(*each) for each in zip(probes, members.weights, candidates, strict=True)]
     losses = [
         _loss(probe, z_hat_TN, candidate, context, sensitivity)
         for probe, z_hat_TN, candidate in zip(probes, outputs, candidates, strict=True)
@@ -159,8 +205,8 @@ def _fit_factor(probe: Probe, z_hat_TN: Tensor) -> float | None:
     if rows - fit < MIN_HELDOUT_ROWS or fit == 0:
         return None
     gate_T = probe.gate_T.double().square()
-    error_T = (z_hat_TN - probe.z_TN).double().square().sum(-1) * gate_T
-    energy_T = probe.z_TN.double().square().sum(-1) * gate_T
+    error_T = squares(z_hat_TN - probe.z_TN) * gate_T
+    energy_T = squares(probe.z_TN) * gate_T
     seen, unseen = (
         float(error_T[part].sum() / energy_T[part].sum().clamp(min=1e-300))
         for part in (slice(0, fit), slice(fit, rows))
@@ -169,10 +215,15 @@ def _fit_factor(probe: Probe, z_hat_TN: Tensor) -> float | None:
     return (fit * ratio + rows - fit) / rows
 
 
-def _output(probe: Probe, candidate: Candidate) -> Tensor:
+def _output(probe: Probe, w_NK: Tensor, candidate: Candidate) -> Tensor:
     """The block's output under a candidate, bias included."""
     if len(probe.x_TK) == 0:
         return probe.z_TN
+    if candidate.weight.scheme.a_bits == 16:
+        # The change alone is computed: a difference of two outputs would lose its digits.
+        change_NK = candidate.dense() - w_NK.to(torch.float32)
+        x_TK, z_TN = probe.x_TK.to(torch.float32), probe.z_TN.to(torch.float32)
+        return torch.addmm(z_TN, x_TK, change_NK.T).to(probe.z_TN.dtype)
     z_hat_TN = candidate.output(probe.x_TK)
     z_hat_TN = z_hat_TN if probe.bias_N is None else z_hat_TN + probe.bias_N
     return z_hat_TN.to(probe.z_TN.dtype)
@@ -194,62 +245,74 @@ def _loss(
     return loss
 
 
-def _should_rotate(
-    adapter: ModelAdapter,
-    sites: Mapping[str, SiteInputs],
-    context: LayerContext,
-    settings: MeasureSettings,
-) -> bool:
+def _try_rotation(
+    adapter: ModelAdapter, visit: LayerVisit, context: LayerContext, settings: MeasureSettings
+) -> tuple[bool, _Found]:
     """Whether rotated inputs lower the layer's summed loss under its cheapest scheme.
 
-    The cheapest scheme of each block is where the layer has most to lose.
+    The cheapest scheme of each block is where the layer has most to lose. What was found on the
+    way is good for the choice that is made.
     """
-    if settings.rotation != "auto":
-        return settings.rotation == "on"
+    found = {False: _Found(), True: _Found()}
     totals = {False: 0.0, True: 0.0}
-    for inputs in sites.values():
-        for probes, batch in _batches(adapter, inputs, settings):
-            _, n, k = batch.w_BNK.shape
-            fitting = [scheme for scheme in settings.schemes if scheme.fits(k)]
-            cheapest = min(fitting, key=lambda scheme: scheme.storage_bits(n, k))
-            for version in (batch, rotate_batch(batch)):
-                candidates = quantize_batch(version, cheapest, settings.method)
-                found = _losses_of(probes, candidates, context, settings.sensitivity)
-                totals[version.rotated] += sum(found)
-    return totals[True] < totals[False]
+    for members in _members(adapter, visit, settings):
+        cheapest = [members.cheapest(settings.schemes)]
+        for rotated in (False, True):
+            totals[rotated] += _measure(
+                members, found[rotated], rotated, context, settings, cheapest
+            )
+    is_rotated = totals[True] < totals[False]
+    return is_rotated, found[is_rotated]
 
 
-def _batches(
-    adapter: ModelAdapter, inputs: SiteInputs, settings: MeasureSettings
-) -> Iterator[tuple[list[Probe], BlockBatch]]:
-    """Probes of one projection of several experts at a time, with their weights and Hessians."""
-    module = adapter.module(inputs.site)
+def _members(
+    adapter: ModelAdapter, visit: LayerVisit, settings: MeasureSettings
+) -> Iterator[_Members]:
+    """The layer's blocks, one projection of several experts at a time.
+
+    What is known of inputs is computed once for the projections that read the same.
+    """
     limit = None if settings.sensitivity.needs_all_tokens else TOKENS_PER_BLOCK
-    if not is_fused_experts(module):
-        probe = linear_probe(module, inputs, max_tokens=limit)
-        yield [probe], _batch_of(adapter, [probe], None)
-        return
+    last: tuple[Tensor, BatchInputs] | None = None
+    for inputs in visit.sites.values():
+        module = adapter.module(inputs.site)
+        if is_fused_experts(module):
+            yield from _members_of_experts(adapter, inputs, limit)
+            continue
+        probes = [linear_probe(module, inputs, max_tokens=limit)]
+        if last is None or last[0] is not inputs.x_TK:
+            last = inputs.x_TK, _inputs_of(probes, None)
+        yield _Members(probes, _weights_of(adapter, probes), last[1])
+
+
+def _members_of_experts(
+    adapter: ModelAdapter, inputs: SiteInputs, limit: int | None
+) -> Iterator[_Members]:
+    module = adapter.module(inputs.site)
     prior_KK = second_moments(
         inputs.x_TK[: inputs.fit_tokens],
         torch.ones(min(inputs.fit_tokens, len(inputs.x_TK)), device=device_of(module)),
     )
     for experts in expert_chunks(adapter.site_blocks(inputs.site)):
-        traced = [expert_probes(module, inputs, e, max_tokens=limit) for e in experts]
+        traced = [expert_inputs(module, inputs, e, max_tokens=limit).probes() for e in experts]
+        shared = None
         for projection in traced[0]:
             probes = [probe[projection] for probe in traced]
-            shares_input = projection != "down"
-            yield probes, _batch_of(adapter, probes, prior_KK if shares_input else None)
+            if projection == "down":
+                known = _inputs_of(probes, None)
+            else:
+                known = shared = shared or _inputs_of(probes, prior_KK)
+            yield _Members(probes, _weights_of(adapter, probes), known)
 
 
-def _batch_of(
-    adapter: ModelAdapter, probes: Sequence[Probe], prior_KK: Tensor | None
-) -> BlockBatch:
-    blocks = []
-    for probe in probes:
-        block = adapter.block(probe.block)
-        w_NK = read_block(adapter.parameter(block), block)
-        blocks.append(BlockInputs(probe.block, w_NK, probe.x_TK, probe.gate_T, probe.fit_rows))
-    return make_batch(blocks, prior_KK)
+def _inputs_of(probes: Sequence[Probe], prior_KK: Tensor | None) -> BatchInputs:
+    blocks = [BlockInputs(p.block, p.x_TK, p.gate_T, p.fit_rows) for p in probes]
+    return make_inputs(blocks, prior_KK)
+
+
+def _weights_of(adapter: ModelAdapter, probes: Sequence[Probe]) -> list[Tensor]:
+    blocks = [adapter.block(probe.block) for probe in probes]
+    return [read_block(adapter.parameter(block), block) for block in blocks]
 
 
 def _context(adapter: ModelAdapter, batches: Batches, visit: LayerVisit) -> LayerContext:

@@ -55,7 +55,7 @@ def fisher(probe: Probe, z_hat_TN: Tensor, context: LayerContext) -> float:
         return 0.0
     assert probe.grad_TN is not None
     delta_TN = z_hat_TN.float() - probe.z_TN.float()
-    slope_T = (delta_TN * probe.grad_TN.float()).sum(-1)
+    slope_T = _row_products(delta_TN, probe.grad_TN.float())
     return float(slope_T.double().square().sum()) / probe.share / (2 * context.all_tokens)
 
 
@@ -86,6 +86,16 @@ def output_mse(probe: Probe, z_hat_TN: Tensor, context: LayerContext) -> float:
         change, energy = z_hat_TN - probe.z_TN, float(probe.z_TN.double().square().sum())
         energy /= probe.share
     return float(change.double().square().sum()) / probe.share / max(energy, 1e-30)
+
+
+def squares(x_TN: Tensor) -> Tensor:
+    """Squared norm of each row, [T] float64."""
+    return _row_products(x_TN, x_TN).double()
+
+
+def _row_products(x_TN: Tensor, y_TN: Tensor) -> Tensor:
+    """Product of each row with its partner, [T]; nothing of the size of the inputs is made."""
+    return torch.bmm(x_TN[:, None, :], y_TN[:, :, None])[:, 0, 0]
 
 
 SENSITIVITY: Mapping[str, Sensitivity] = {

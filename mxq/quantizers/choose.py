@@ -1,8 +1,8 @@
 """Quantize blocks of one shape together and keep, for each, what does best on held-out inputs."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from mxq.numerics import (
     rotate,
     unrotate,
 )
-from mxq.quantizers.gptq import Columns, gptq_on_grid, make_columns, quantize_gptq
+from mxq.quantizers.gptq import Columns, gptq_on_grid, make_columns, quantize_gptq, take
 from mxq.quantizers.method import Method
 from mxq.quantizers.moments import isotropic, rotate_moments, second_moments, shrink
 from mxq.quantizers.rtn import find_grid, quantize_rtn, rtn_on_grid
@@ -30,21 +30,53 @@ BATCH_BYTES = 512 * 2**20
 """Memory for the weights and Hessians of blocks that are quantized together."""
 
 
+@dataclass(frozen=True)
+class BatchInputs:
+    """What is known of the inputs of several blocks; projections that read the same share it.
+
+    ``hessian_BKK`` are second moments; ``judges`` are, for each block, the inputs and squared
+    routing weights on which quantizers are compared. ``part_of`` names the larger batch, and the
+    places in it, of which this is a part.
+    """
+
+    hessian_BKK: Tensor
+    judges: tuple[tuple[Tensor, Tensor], ...]
+    rotated: bool = False
+    part_of: "tuple[BatchInputs, list[int]] | None" = None
+
+    @cached_property
+    def columns(self) -> Columns:
+        """What GPTQ needs of them."""
+        if self.part_of is None:
+            return make_columns(self.hessian_BKK)
+        whole, places = self.part_of
+        return whole.columns[places]
+
+    @cached_property
+    def turned(self) -> "BatchInputs":
+        """The same inputs rotated."""
+        judges = tuple((rotate(x_TK), weight_T) for x_TK, weight_T in self.judges)
+        return BatchInputs(rotate_moments(self.hessian_BKK), judges, rotated=True)
+
+    def select(self, places: list[int]) -> "BatchInputs":
+        """Those of some of the blocks."""
+        if places == list(range(len(self.judges))):
+            return self
+        judges = tuple(self.judges[place] for place in places)
+        return BatchInputs(take(self.hessian_BKK, places), judges, self.rotated, (self, places))
+
+
 @dataclass(frozen=True, slots=True)
 class BlockBatch:
-    """Blocks of one shape with their inputs: weights [B, N, K], Hessians [B, K, K].
+    """Blocks of one shape with their inputs: weights [B, N, K], rotated where the inputs are.
 
-    ``judges`` are, for each block, the inputs and squared routing weights on which quantizers
-    are compared. A rotated batch holds rotated weights, Hessians and judges; ``plain_BNK`` are
-    the weights as they were.
+    ``plain_BNK`` are the weights as they were.
     """
 
     names: tuple[str, ...]
     w_BNK: Tensor
-    hessian_BKK: Tensor
-    judges: tuple[tuple[Tensor, Tensor], ...]
+    inputs: BatchInputs
     plain_BNK: Tensor
-    rotated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +104,9 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class BlockInputs:
-    """Inputs of one block: rows before ``fit_rows`` may be fitted to."""
+    """Inputs of one block, or of several that read the same; ``fit_rows`` come first."""
 
     name: str
-    w_NK: Tensor
     x_TK: Tensor
     gate_T: Tensor
     fit_rows: int
@@ -84,26 +115,26 @@ class BlockInputs:
 def expert_chunks(blocks: Sequence[LinearBlock]) -> Iterator[list[int]]:
     """Experts of a site in groups whose weights and Hessians fit in BATCH_BYTES."""
     experts = sorted({block.expert for block in blocks if block.expert is not None})
-    # Weights and their copies while they are rounded; Hessian, inverse and factors.
-    cost = max(4 * (6 * block.weights + 5 * block.in_features**2) for block in blocks)
+    # Weights and their copies while they are rounded; Hessian and factor of the inputs as they are
+    # and rotated, and what a factor is made of.
+    cost = max(4 * (6 * block.weights + 7 * block.in_features**2) for block in blocks)
     step = max(1, BATCH_BYTES // cost)
     for start in range(0, len(experts), step):
         yield experts[start : start + step]
 
 
-def make_batch(blocks: Sequence[BlockInputs], prior_KK: Tensor | None) -> BlockBatch:
-    """Weights and shrunk second moments of blocks of one shape.
+def make_inputs(blocks: Sequence[BlockInputs], prior_KK: Tensor | None) -> BatchInputs:
+    """Shrunk second moments and judges of the inputs of blocks of one width.
 
     The prior is the mean over a layer's tokens where the blocks share an input space; None (each
     expert's inner activation is a space of its own) shrinks to a multiple of the identity.
     Second moments are weighted by the squared routing weight, as the block's output is.
 
     Raises:
-        ValueError: If a weight or an input is NaN or infinite; names the block.
+        ValueError: If an input is NaN or infinite; names the block.
     """
     hessians, judges = [], []
     for block in blocks:
-        check_finite(block.w_NK, block.name)
         check_finite(block.x_TK, f"inputs of {block.name}")
         weight_T = block.gate_T.to(torch.float32).square()
         own = second_moments(block.x_TK[: block.fit_rows], weight_T[: block.fit_rows])
@@ -112,22 +143,20 @@ def make_batch(blocks: Sequence[BlockInputs], prior_KK: Tensor | None) -> BlockB
         enough = len(block.x_TK) - block.fit_rows >= MIN_HELDOUT_ROWS
         start = block.fit_rows if enough else 0
         judges.append((block.x_TK[start:].to(torch.float32), weight_T[start:]))
-    w_BNK = torch.stack([block.w_NK.to(torch.float32) for block in blocks])
-    names = tuple(block.name for block in blocks)
-    return BlockBatch(names, w_BNK, torch.stack(hessians), tuple(judges), w_BNK)
+    return BatchInputs(torch.stack(hessians), tuple(judges))
 
 
-def rotate_batch(batch: BlockBatch) -> BlockBatch:
-    """The same blocks with their input side rotated."""
-    judges = tuple((rotate(x_TK), weight_T) for x_TK, weight_T in batch.judges)
-    return BlockBatch(
-        batch.names,
-        rotate(batch.w_BNK),
-        rotate_moments(batch.hessian_BKK),
-        judges,
-        batch.plain_BNK,
-        rotated=True,
-    )
+def make_batch(names: Sequence[str], weights: Sequence[Tensor], inputs: BatchInputs) -> BlockBatch:
+    """Blocks of one shape, [N, K] each, with their inputs.
+
+    Raises:
+        ValueError: If a weight is NaN or infinite; names the block.
+    """
+    for name, w_NK in zip(names, weights, strict=True):
+        check_finite(w_NK, name)
+    plain_BNK = torch.stack([w_NK.to(torch.float32) for w_NK in weights])
+    w_BNK = rotate(plain_BNK) if inputs.rotated else plain_BNK
+    return BlockBatch(tuple(names), w_BNK, inputs, plain_BNK)
 
 
 def quantize_batch(batch: BlockBatch, scheme: Scheme, method: Method) -> tuple[Candidate, ...]:
@@ -143,7 +172,6 @@ def quantize_schemes(
     batch: BlockBatch, schemes: Iterable[Scheme], method: Method
 ) -> Iterator[tuple[Candidate, ...]]:
     """``quantize_batch`` under each scheme in turn; what all share is computed once."""
-    columns = cache(lambda: make_columns(batch.hessian_BKK))
     for scheme in schemes:
         if scheme.kind == "bf16":
             kept = quantize_rtn(batch.plain_BNK, scheme)
@@ -152,14 +180,14 @@ def quantize_schemes(
                 for index, block in enumerate(batch.names)
             )
         else:
-            yield _pick(batch, _options(batch, scheme, method, columns))
+            yield _pick(batch, _options(batch, scheme, method))
 
 
 def _options(
-    batch: BlockBatch, scheme: Scheme, method: Method, columns: Callable[[], Columns]
+    batch: BlockBatch, scheme: Scheme, method: Method
 ) -> list[tuple[str, QuantizedWeight]]:
     """What to choose from, with the quantizer's name; the method's own comes first."""
-    w_BNK, hessian_BKK = batch.w_BNK, batch.hessian_BKK
+    w_BNK, hessian_BKK = batch.w_BNK, batch.inputs.hessian_BKK
     if scheme.kind != "int" or method.quantizer is quantize_rtn:
         return [(method.name, method.quantizer(w_BNK, scheme, hessian_BKK))]
     if method.quantizer is not quantize_gptq:
@@ -168,7 +196,7 @@ def _options(
     check_groups(w_BNK.shape[-1], scheme)
     grid = find_grid(w_BNK, scheme, hessian_BKK)
     return [
-        (method.name, gptq_on_grid(w_BNK, scheme, grid, columns())),
+        (method.name, gptq_on_grid(w_BNK, scheme, grid, batch.inputs.columns)),
         ("rtn", rtn_on_grid(w_BNK, scheme, grid)),
     ]
 
@@ -181,7 +209,7 @@ def _pick(
     for index, block in enumerate(batch.names):
         errors = [_output_error(batch, index, q[index]) for _, q in options]
         name, q = options[errors.index(min(errors))]
-        picked.append(Candidate(block, q[index], name, batch.rotated))
+        picked.append(Candidate(block, q[index], name, batch.inputs.rotated))
     return tuple(picked)
 
 
@@ -189,7 +217,7 @@ def _output_error(batch: BlockBatch, index: int, q: QuantizedWeight) -> float:
     """Squared output error on the block's judges, or under its second moments without any."""
     delta_NK = dequantize(q) - batch.w_BNK[index]
     check_finite(delta_NK, f"quantized {batch.names[index]} ({q.scheme})")
-    x_TK, weight_T = batch.judges[index]
+    x_TK, weight_T = batch.inputs.judges[index]
     if len(x_TK) == 0:
-        return float(((delta_NK @ batch.hessian_BKK[index]) * delta_NK).sum())
+        return float(((delta_NK @ batch.inputs.hessian_BKK[index]) * delta_NK).sum())
     return float(((x_TK @ delta_NK.T).square().sum(-1) * weight_T).sum())

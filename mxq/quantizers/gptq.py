@@ -33,6 +33,15 @@ class Columns:
     order_BK: Tensor
     factor_BKK: Tensor
 
+    def __getitem__(self, places: list[int]) -> "Columns":
+        """Those of some of the blocks."""
+        return Columns(take(self.order_BK, places), take(self.factor_BKK, places))
+
+
+def take(batch: Tensor, places: list[int]) -> Tensor:
+    """Some members of a batch, in that order."""
+    return torch.stack([batch[place] for place in places])
+
 
 def make_columns(hessian_BKK: Tensor) -> Columns:
     """Order and factor of a batch of Hessians.

@@ -1,12 +1,12 @@
 """Lock-step: all batches meet at each layer, and nothing is left behind when something fails."""
 
-import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+import mxq.models.lockstep as lockstep_module
 from mxq.models.activations import ActivationStore
 from mxq.models.lockstep import LayerCall, hidden_of, run_calls, run_in_lockstep
 
@@ -57,10 +57,42 @@ def lockstep(model, batches=None, on_layer=run_all, on_result=None):
 
 
 @pytest.fixture(autouse=True)
-def _every_thread_ends():
-    before = set(threading.enumerate())
+def _every_pass_ends(monkeypatch):
+    passes = []
+
+    class Runner(lockstep_module._Runner):
+        def __init__(self, *args):
+            super().__init__(*args)
+            passes.append(self)
+
+    monkeypatch.setattr(lockstep_module, "_Runner", Runner)
     yield
-    assert set(threading.enumerate()) == before
+    assert not any(passes)  # true of a greenlet that has begun and not ended
+
+
+def test_gradients_are_on_for_the_model_alone():
+    model, seen = Model(), []
+
+    def on_layer(layer, calls):
+        seen.append(torch.is_grad_enabled())
+        with torch.enable_grad() if layer == 1 else torch.no_grad():
+            return run_all(layer, calls)
+
+    model.layers[0].register_forward_pre_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    with torch.no_grad():
+        lockstep(model, on_layer=on_layer)
+        assert not torch.is_grad_enabled()
+    assert seen == [True, True, True, False, False, False]
+
+
+def test_a_layer_that_fails_leaves_gradients_as_they_were():
+    def fail(layer, calls):
+        raise RuntimeError("no")
+
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="no"):
+            lockstep(Model(), on_layer=fail)
+        assert not torch.is_grad_enabled()
 
 
 @pytest.mark.parametrize("by_keyword", [False, True])

@@ -8,13 +8,13 @@ import torch
 from mxq.numerics import QuantizedWeight, dequantize, rotate, round_to_grid, search_grid
 from mxq.quantizers import Method, per_matrix, quantize_gptq, quantize_rtn
 from mxq.quantizers.choose import (
-    BlockBatch,
+    BatchInputs,
     BlockInputs,
     Candidate,
     make_batch,
+    make_inputs,
     quantize_batch,
     quantize_schemes,
-    rotate_batch,
 )
 from mxq.quantizers.gptq import COLUMN_BLOCK
 from mxq.quantizers.moments import isotropic, rotate_moments, second_moments, shrink
@@ -281,7 +281,7 @@ def test_per_matrix_takes_a_single_matrix_as_it_is():
 def batch_of(w_BNK, judges):
     names = tuple(f"block {index}" for index in range(len(w_BNK)))
     hessian_BKK = torch.stack([moments_of(correlated_inputs(200, 64))] * len(w_BNK))
-    return BlockBatch(names, w_BNK, hessian_BKK, tuple(judges), w_BNK)
+    return make_batch(names, w_BNK, BatchInputs(hessian_BKK, tuple(judges)))
 
 
 def shifted(amount_by_block):
@@ -305,7 +305,7 @@ def test_the_quantizer_that_is_better_on_the_judges_is_kept_for_each_block():
     found = quantize_batch(batch, GROUP3, Method("mine", shifted([0.0, 100.0, 100.0])))
     assert [c.quantizer for c in found] == ["mine", "rtn", "mine"]
     assert [c.block for c in found] == ["block 0", "block 1", "block 2"]
-    rtn = quantize_rtn(batch.w_BNK, GROUP3, batch.hessian_BKK)
+    rtn = quantize_rtn(batch.w_BNK, GROUP3, batch.inputs.hessian_BKK)
     assert torch.equal(found[1].dense(), dequantize(rtn)[1])
 
 
@@ -331,8 +331,8 @@ def test_without_inputs_the_weight_itself_is_judged():
 
 def test_gptq_is_kept_where_it_is_better_on_the_tokens_it_was_fitted_to():
     x_TK = correlated_inputs(256, 64)
-    blocks = [BlockInputs("up", random(16, 64), x_TK, torch.ones(256), 256)]
-    batch = make_batch(blocks, moments_of(x_TK))
+    known = make_inputs([BlockInputs("up", x_TK, torch.ones(256), 256)], moments_of(x_TK))
+    batch = make_batch(["up"], [random(16, 64)], known)
     found = quantize_batch(batch, Scheme.parse("w2a16_g32_asym"), GPTQ)
     assert found[0].quantizer == "gptq"
 
@@ -347,7 +347,8 @@ def test_a_quantizer_that_gives_nan_names_block_and_scheme():
 
 def test_bfloat16_keeps_the_weight_of_the_unrotated_frame():
     w_BNK = random(2, 4, 64)
-    batch = rotate_batch(batch_of(w_BNK, [(random(9, 64), torch.ones(9))] * 2))
+    plain = batch_of(w_BNK, [(random(9, 64), torch.ones(9))] * 2)
+    batch = make_batch(plain.names, w_BNK, plain.inputs.turned)
     found = quantize_batch(batch, Scheme.parse("bf16"), GPTQ)
     assert [c.quantizer for c in found] == ["none", "none"]
     assert torch.equal(found[1].dense(), w_BNK[1].bfloat16().float())
@@ -358,60 +359,75 @@ def test_bfloat16_keeps_the_weight_of_the_unrotated_frame():
 
 def inputs(name="up", *, tokens=20, fit_rows=12, gate=1.0, k=64):
     gate_T = torch.full((tokens,), gate)
-    return BlockInputs(name, random(4, k), random(tokens, k, seed=5), gate_T, fit_rows)
+    return BlockInputs(name, random(tokens, k, seed=5), gate_T, fit_rows)
 
 
 def test_held_out_tokens_judge_if_there_are_eight():
-    batch = make_batch([inputs(fit_rows=12), inputs(fit_rows=13)], None)
-    assert [len(x_TK) for x_TK, _ in batch.judges] == [8, 20]
+    known = make_inputs([inputs(fit_rows=12), inputs(fit_rows=13)], None)
+    assert [len(x_TK) for x_TK, _ in known.judges] == [8, 20]
 
 
 def test_the_hessian_weighs_each_token_by_its_squared_gate():
     # Tokens (1, 0) at gate 1 and (0, 1) at gate 3: weights 1 and 9 of 10. The prior of 0.125 x 2
     # tokens: (2 x diag(0.1, 0.9) + 0.25 x 4 I) / 2.25.
     x_TK, gate_T = torch.eye(2), torch.tensor([1.0, 3.0])
-    batch = make_batch([BlockInputs("up", torch.eye(2), x_TK, gate_T, 2)], 4 * torch.eye(2))
+    known = make_inputs([BlockInputs("up", x_TK, gate_T, 2)], 4 * torch.eye(2))
     expected = torch.tensor([[(0.2 + 1) / 2.25, 0.0], [0.0, (1.8 + 1) / 2.25]])
     # Three roundings of positive numbers.
-    assert torch.allclose(batch.hessian_BKK[0], expected, rtol=4 * EPS, atol=0.0)
-    assert batch.judges[0][1].tolist() == [1.0, 9.0]
+    assert torch.allclose(known.hessian_BKK[0], expected, rtol=4 * EPS, atol=0.0)
+    assert known.judges[0][1].tolist() == [1.0, 9.0]
 
 
 def test_only_fit_rows_enter_the_hessian():
     one = inputs()
     x_TK = one.x_TK.clone()
     x_TK[12:] = 1e6
-    other = BlockInputs(one.name, one.w_NK, x_TK, one.gate_T, one.fit_rows)
-    found = [make_batch([block], torch.eye(64)).hessian_BKK for block in (one, other)]
+    other = BlockInputs(one.name, x_TK, one.gate_T, one.fit_rows)
+    found = [make_inputs([block], torch.eye(64)).hessian_BKK for block in (one, other)]
     assert torch.equal(*found)
 
 
 def test_a_block_without_tokens_has_the_hessian_of_its_prior():
-    nothing = BlockInputs("up", random(4, 8), torch.zeros(0, 8), torch.zeros(0), 0)
+    nothing = BlockInputs("up", torch.zeros(0, 8), torch.zeros(0), 0)
     prior_KK = moments_of(random(20, 8))
-    batch = make_batch([nothing], prior_KK)
+    known = make_inputs([nothing], prior_KK)
     # (0 x 0 + n0 P) / (0 + n0): one product and one quotient.
-    assert torch.allclose(batch.hessian_BKK[0], prior_KK, rtol=2 * EPS, atol=0.0)
-    assert torch.equal(make_batch([nothing], None).hessian_BKK[0], torch.eye(8))
+    assert torch.allclose(known.hessian_BKK[0], prior_KK, rtol=2 * EPS, atol=0.0)
+    assert torch.equal(make_inputs([nothing], None).hessian_BKK[0], torch.eye(8))
 
 
-@pytest.mark.parametrize(("part", "message"), [("w_NK", "^up: 1 of"), ("x_TK", "^inputs of up: 1")])
-def test_values_that_are_not_finite_name_the_block(part, message):
-    block = inputs()
-    broken = getattr(block, part).clone()
-    broken[0, 0] = math.inf
-    parts = {name: getattr(block, name) for name in ("name", "w_NK", "x_TK", "gate_T", "fit_rows")}
-    with pytest.raises(ValueError, match=message):
-        make_batch([BlockInputs(**{**parts, part: broken})], None)
+def test_values_that_are_not_finite_name_the_block():
+    block, w_NK = inputs(), random(4, 64)
+    w_NK[0, 0] = math.inf
+    with pytest.raises(ValueError, match=r"^up: 1 of"):
+        make_batch(["up"], [w_NK], make_inputs([block], None))
+    block.x_TK[0, 0] = math.nan
+    with pytest.raises(ValueError, match=r"^inputs of up: 1"):
+        make_inputs([block], None)
+
+
+def test_some_blocks_of_a_batch_are_quantized_as_in_all_of_it():
+    blocks = [inputs(name) for name in ("a", "b", "c")]
+    for place, block in enumerate(blocks):
+        block.x_TK[:, 3 * place] *= 9.0
+    weights = [random(8, 64, seed=place) for place in range(3)]
+    whole = make_inputs(blocks, None).turned
+    found = quantize_batch(make_batch("abc", weights, whole), GROUP3, GPTQ)
+    part = make_batch("ca", [weights[2], weights[0]], whole.select([2, 0]))
+    some = quantize_batch(part, GROUP3, GPTQ)
+    assert [candidate.block for candidate in some] == ["c", "a"]
+    for one, other in zip(some, (found[2], found[0]), strict=True):
+        assert torch.equal(one.dense(), other.dense())
 
 
 @pytest.mark.parametrize("text", ["w4a16_g32_asym", "w8a8_grow_sym", "fp8"])
 def test_a_rotated_candidate_acts_on_unrotated_inputs(text):
     # 4 bits and 8 x 8 bits are off by some percent, a rotation on one side only by 100.
     x_TK = random(9, 64)
-    batch = rotate_batch(make_batch([inputs()], None))
+    w_NK = random(4, 64)
+    batch = make_batch(["up"], [w_NK], make_inputs([inputs()], None).turned)
     found = quantize_batch(batch, Scheme.parse(text), RTN)[0]
-    expected = x_TK @ inputs().w_NK.T
+    expected = x_TK @ w_NK.T
     assert found.rotated
     assert (found.output(x_TK) - expected).norm() < 0.12 * expected.norm()
     if found.weight.scheme.a_bits == 16:
@@ -465,13 +481,14 @@ def test_rotated_moments_are_those_of_rotated_inputs():
 
 def test_schemes_that_share_their_columns_are_as_each_alone():
     x_TK = random(60, 64)
-    blocks = [BlockInputs(name, random(8, 64), x_TK, torch.ones(60), 40) for name in ("a", "b")]
-    batch = make_batch(blocks, moments_of(x_TK))
+    blocks = [BlockInputs(name, x_TK, torch.ones(60), 40) for name in ("a", "b")]
+    known = make_inputs(blocks, moments_of(x_TK))
+    batch = make_batch(["a", "b"], [random(8, 64)] * 2, known)
     schemes = [Scheme.parse(text) for text in ("w2a16_g32_asym", "bf16", "w3a16_grow_sym", "fp8")]
     functions = {"gptq": quantize_gptq, "rtn": quantize_rtn, "none": quantize_rtn}
     for scheme, found in zip(schemes, quantize_schemes(batch, schemes, GPTQ), strict=True):
         for index, candidate in enumerate(found):
             quantizer = functions[candidate.quantizer]
-            expected = quantizer(batch.w_BNK, scheme, batch.hessian_BKK)[index]
+            expected = quantizer(batch.w_BNK, scheme, batch.inputs.hessian_BKK)[index]
             assert torch.equal(dequantize(candidate.weight), dequantize(expected))
     assert found[0].weight.scheme == schemes[-1]
