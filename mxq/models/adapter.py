@@ -18,12 +18,11 @@ from mxq.blocks import LinearBlock, write_block
 from mxq.models.experts import (
     Experts,
     expert_count,
-    expert_output,
     is_fused_experts,
     locate,
     projection_shapes,
     route,
-    working_linear,
+    run_expert,
 )
 from mxq.models.skeleton import EXPERTS_FUNCTION
 from mxq.models.source import ModelSource
@@ -321,10 +320,9 @@ def run_experts(
     module: nn.Module, hidden_TH: Tensor, index_TR: Tensor, weights_TR: Tensor
 ) -> Tensor:
     """The experts function that mxq registers with transformers: plain, recordable."""
-    experts = cast(Experts, module)
 
     def output(expert: int, x_TH: Tensor) -> Tensor:
-        return expert_output(experts, working_linear(module, expert), x_TH)
+        return run_expert(module, expert, x_TH)
 
     watched: tuple[str, Sink, bool] | None = getattr(module, "mxq_sink", None)
     site, sink, inputs_only = watched or ("", None, False)

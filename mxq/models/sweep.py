@@ -204,12 +204,12 @@ def _loss_gradient(logits_BSV: Tensor, generator: torch.Generator) -> Tensor:
     draw_T1 = torch.rand(len(logits_TV), 1, generator=generator).to(logits_TV.device)
     for start in range(0, len(logits_TV), CHUNK_POSITIONS):
         part = slice(start, start + CHUNK_POSITIONS)
-        cdf_TV = logits_TV[part].float().softmax(-1).cumsum(-1)
+        chances_TV = logits_TV[part].float().softmax(-1)
+        cdf_TV = chances_TV.cumsum(-1)
         labels_T1 = torch.searchsorted(cdf_TV, draw_T1[part] * cdf_TV[:, -1:])
         labels_T1 = labels_T1.clamp(max=cdf_TV.shape[1] - 1)
-        chances_TV = logits_TV[part].float().log_softmax(-1).exp()
         ones_T1 = torch.ones_like(labels_T1, dtype=chances_TV.dtype)
-        slope_TV[part] = chances_TV.scatter_add(-1, labels_T1, -ones_T1)
+        slope_TV[part] = chances_TV.scatter_add_(-1, labels_T1, -ones_T1)
     return slope_TV.view_as(logits_BSV)
 
 

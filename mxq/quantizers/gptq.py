@@ -103,7 +103,7 @@ def _round_columns(
         for column in range(start, stop):
             scale_BN, zero_BN, w_BN = scale_BKN[:, column], zero_BKN[:, column], w_BKN[:, column]
             code_BN = (w_BN / scale_BN).add_(zero_BN).round_().clamp_(0, top)
-            codes_BKN[:, column] = code_BN.to(torch.uint8)
+            codes_BKN[:, column] = code_BN
             row_BC = factor_BKK[:, column, column:stop]
             error_BN = (w_BN - code_BN.sub_(zero_BN).mul_(scale_BN)).div_(row_BC[:, :1])
             errors_BCN[:, column - start] = error_BN

@@ -25,6 +25,8 @@ from mxq.models.experts import (
     projection_shapes,
     route,
     routed_tokens,
+    run_expert,
+    working_linear,
 )
 
 E, H, I = 3, 4, 6  # noqa: E741  (experts, outer and inner width)
@@ -178,6 +180,28 @@ def test_an_expert_is_its_three_matrices(layout):
         assert (found - inner).abs().max() <= 8 * EPS * inner.abs().max()
         found = expert_output(module, linear, x_TH)
         assert (found - y).abs().max() <= 32 * EPS * y.abs().max()
+
+
+@every_layout
+def test_an_expert_that_runs_whole_is_the_same(layout):
+    module, x_TH = Fused(parts(), **layout, norm=True), random(5, H, seed=7)
+    for e in range(E):
+        y = expert_output(module, dense_linear(module, e), x_TH)
+        # Gate and up are one product here; their sums over 4 terms may be taken otherwise.
+        assert (run_expert(module, e, x_TH) - y).abs().max() <= 32 * EPS * y.abs().max()
+
+
+@every_layout
+@pytest.mark.parametrize("projection", ["gate", "up"])
+def test_an_expert_that_runs_whole_rounds_its_inputs(layout, projection):
+    if projection == "gate" and not layout["gate"]:
+        return
+    module, x_TH = Fused(parts(), **layout), random(5, H, seed=7)
+    module.mxq_inputs = {(1, projection): lambda x: 3 * x}
+    expected = expert_output(module, working_linear(module, 1), x_TH)
+    assert torch.equal(run_expert(module, 1, x_TH), expected)
+    plain = expert_output(module, dense_linear(module, 1), x_TH)
+    assert not torch.allclose(expected, plain)
 
 
 def test_a_norm_after_the_expert_is_applied():
