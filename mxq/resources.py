@@ -21,12 +21,13 @@ from mxq.config import (
     QuantizeOptions,
     ResourceOptions,
 )
+from mxq.heap import KEPT_BYTES
 from mxq.machine import Machine, Rates, machine, measure_rates
 from mxq.models.activations import COLD_SHARE
 from mxq.models.adapter import ModelAdapter
 from mxq.models.sweep import BATCH_TOKENS
 from mxq.profiling.losses import MeasureSettings
-from mxq.quantizers.choose import BATCH_BYTES
+from mxq.quantizers.choose import BATCH_BYTES, quantizing_bytes
 
 LIBRARIES_BYTES = 512 * 2**20
 """Resident memory of Python with torch and transformers, a model of nothing loaded."""
@@ -229,8 +230,7 @@ def _memory(sizes: Sizes, work: Workload) -> dict[str, int]:
     largest = max(sizes.layer_elements)
     blocks = [block for layer in sizes.blocks for block in layer]
     widest = max(blocks, key=lambda block: block.weights)
-    # Weights and their copies while they are rounded; Hessian, inverse and factors.
-    one = FLOAT_BYTES * (6 * widest.weights + 5 * widest.in_features**2)
+    one = quantizing_bytes(widest)
     together = sum(block.expert is not None for block in sizes.blocks[widest.layer])
     quantizing = max(one, min(BATCH_BYTES, together * one))
     # A fused parameter exists a second time while it is merged, up to two thirds of a layer.
@@ -243,6 +243,7 @@ def _memory(sizes: Sizes, work: Workload) -> dict[str, int]:
         "largest layer": FLOAT_BYTES * largest,
         "its loading or quantizing": max(loading, quantizing + largest),
         "one batch in it": batch,
+        "freed, kept for the next": KEPT_BYTES,
         "kept activations": min(work.limit_bytes, sum(_activations(sizes, work))),
     }
 
@@ -285,10 +286,11 @@ def _seconds(sizes: Sizes, work: Workload, rates: Rates) -> dict[str, float]:
     read = sizes.stored_bytes / rates.read_bytes_per_second
     integers = [scheme for scheme in work.settings.schemes if scheme.kind == "int"]
     gptq = work.settings.method.name != "rtn"
-    tries = 3 if work.settings.rotation == "auto" and len(work.settings.schemes) > 1 else 1
+    tries = 2 if work.settings.rotation == "auto" and len(work.settings.schemes) > 1 else 1
     # Blocks are dealt to the processes; every one of them runs the layers.
     one = _one_scheme(blocks, rates, gptq) / work.processes
-    # Second moments and, for GPTQ, their factors: once for all schemes of a visit.
+    # The cheapest scheme is tried both ways. Second moments and, for GPTQ, their factors are made
+    # once for all schemes of a visit.
     moments = _moments(sizes, blocks, work.fit_tokens) + (_factors(blocks) if gptq else 0.0)
     moments /= rates.operations_per_second * work.processes
     # Forward twice and backward once, or forward once; the experts' probes; outputs by scheme.
@@ -314,15 +316,22 @@ def _one_scheme(blocks: Sequence[LinearBlock], rates: Rates, gptq: bool) -> floa
 
 
 def _factors(blocks: Sequence[LinearBlock]) -> float:
-    """Operations for the three factorizations of every block's second moments."""
-    return sum(2.0 * b.in_features**3 for b in blocks)
+    """Operations for the three factorizations of the second moments of all inputs."""
+    return sum(2.0 * b.in_features**3 for b in blocks if not _shares_input(b))
 
 
 def _moments(sizes: Sizes, blocks: Sequence[LinearBlock], tokens: int) -> float:
-    """Operations for the second moments of every block's inputs."""
+    """Operations for the second moments of all inputs."""
     return sum(
-        2.0 * tokens * (1.0 if b.expert is None else sizes.share) * b.in_features**2 for b in blocks
+        2.0 * tokens * (1.0 if b.expert is None else sizes.share) * b.in_features**2
+        for b in blocks
+        if not _shares_input(b)
     )
+
+
+def _shares_input(block: LinearBlock) -> bool:
+    """Whether another block of its expert reads the same, so that nothing is computed twice."""
+    return block.expert is not None and block.projection == "gate"
 
 
 def _largest(parts: Mapping[str, int]) -> str:

@@ -1,12 +1,13 @@
 """What two large models need, by the arithmetic of ``mxq.resources``; the table of docs/scaling.md.
 
-    python scripts/scaling_table.py
+    python scripts/scaling_table.py [--same-speeds]
 
 Builds module trees without weights from the dimensions in the models' published config.json, and
-counts. Speeds are those of this machine, kept with the date in benchmarks/results/scaling.json. No
-weight is read and no model is fetched.
+counts. Speeds are those of this machine, kept with the date in benchmarks/results/scaling.json, or
+with ``--same-speeds`` those in that file. No weight is read and no model is fetched.
 """
 
+import argparse
 import json
 import platform
 from collections.abc import Mapping
@@ -30,6 +31,7 @@ from mxq.resources import Needs, estimate, sizes_of, workload
 
 RESULT = Path(__file__).parents[1] / "benchmarks" / "results" / "scaling.json"
 BITS = 3.25
+ABOUT = ("date", "machine", "threads", "versions")
 PROCESSES = (1, 8)
 
 MODELS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
@@ -99,7 +101,20 @@ class Unread:
 
 def main() -> None:
     """Print the table and write the file that it is from."""
-    rates = measure_rates()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--same-speeds", action="store_true", help="those in the results file")
+    if parser.parse_args().same_speeds:
+        kept = json.loads(RESULT.read_text())
+        about = {name: kept[name] for name in ABOUT}
+        rates = Rates(**kept["rates"])
+    else:
+        rates = measure_rates()
+        about = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "versions": {name: version(name) for name in ("torch", "transformers")},
+        }
     found: dict[str, Any] = {}
     for name, (family, fields) in MODELS.items():
         adapter = ModelAdapter(cast(ModelSource, unread(family, fields)))
@@ -108,10 +123,7 @@ def main() -> None:
             found[f"{name}, {processes}"] = asdict(needs)
             print(row(name, processes, needs))
     result = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in ("torch", "transformers")},
+        **about,
         "rates": asdict(rates),
         "bits": BITS,
         "calibration": asdict(CalibrationOptions()),

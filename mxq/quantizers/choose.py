@@ -112,13 +112,19 @@ class BlockInputs:
     fit_rows: int
 
 
+def quantizing_bytes(block: LinearBlock) -> int:
+    """Memory to quantize a block.
+
+    Its weights and their copies while they are rounded; Hessian and factor of its inputs as they
+    are and rotated, and what a factor is made of.
+    """
+    return 4 * (6 * block.weights + 7 * block.in_features**2)
+
+
 def expert_chunks(blocks: Sequence[LinearBlock]) -> Iterator[list[int]]:
     """Experts of a site in groups whose weights and Hessians fit in BATCH_BYTES."""
     experts = sorted({block.expert for block in blocks if block.expert is not None})
-    # Weights and their copies while they are rounded; Hessian and factor of the inputs as they are
-    # and rotated, and what a factor is made of.
-    cost = max(4 * (6 * block.weights + 7 * block.in_features**2) for block in blocks)
-    step = max(1, BATCH_BYTES // cost)
+    step = max(1, BATCH_BYTES // max(quantizing_bytes(block) for block in blocks))
     for start in range(0, len(experts), step):
         yield experts[start : start + step]
 
