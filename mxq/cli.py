@@ -1,14 +1,12 @@
 """The command line: options in, the pipeline, tables out. No logic of its own."""
 
 import os
-import sys
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
-from transformers.utils import logging
 
 from mxq import latency, latency_tables, pipeline, tables
 from mxq.cli_options import (
@@ -46,6 +44,7 @@ from mxq.cli_options import (
     Work,
     WorkOption,
 )
+from mxq.cli_runs import guarded, shared
 from mxq.config import (
     AllocateOptions,
     CalibrationOptions,
@@ -58,11 +57,11 @@ from mxq.config import (
     parse_shapes,
     parse_size,
 )
-from mxq.distributed import PeerError, Team, team_of
+from mxq.distributed import Team
 from mxq.progress import Report, progress_display
-from mxq.resources import check_measure
+from mxq.resources import Announce, check_measure, check_pack, check_profile
 from mxq.scheme import Scheme, parse_schemes
-from mxq.workspace import Workspace, library_versions, open_workspace
+from mxq.workspace import Workspace, open_workspace
 
 app = typer.Typer(
     help="Mixed-precision quantization of Mixture-of-Experts and dense language models.",
@@ -141,7 +140,7 @@ def quantize(
         if team.leads:
             tables.show_result(result)
 
-    _shared(run)
+    shared(run)
 
 
 @app.command()
@@ -157,6 +156,7 @@ def profile(
     keep: Keep = None,
     revision: Revision = None,
     memory: Memory = "8GiB",
+    force: Force = False,
     compute: Compute = "auto",
 ) -> None:
     """Count which tokens reach which expert, by layer and domain."""
@@ -164,9 +164,10 @@ def profile(
     def run(team: Team) -> None:
         options = ModelOptions(model, revision, scope, tuple(keep or ()))
         text = _calibration(model, calibration, samples, seqlen, seed, expert_floor)
-        resources = ResourceOptions(parse_size(memory), compute=compute)
+        resources = ResourceOptions(parse_size(memory), force, compute)
         space = open_workspace(work, resources, team)
         adapter = pipeline.open_adapter(options, space.device)
+        check_profile(adapter, text, resources, work, _announcing(team))
         with space.locked(), _progress(team) as report:
             _, stats = pipeline.run_profile(
                 space, adapter, options, text, MeasureOptions(), report=report
@@ -174,7 +175,7 @@ def profile(
         if team.leads:
             tables.show_profile(stats)
 
-    _shared(run)
+    shared(run)
 
 
 @app.command()
@@ -206,15 +207,14 @@ def measure(
         resources = ResourceOptions(parse_size(memory), force, compute)
         space = open_workspace(work, resources, team)
         adapter = pipeline.open_adapter(options, space.device)
-        announce = tables.show_needs if team.leads else None
-        check_measure(adapter, text, measured, resources, work, announce)
+        check_measure(adapter, text, measured, resources, work, _announcing(team))
         with space.locked(), _progress(team) as report:
             tokens, _ = pipeline.run_profile(space, adapter, options, text, measured, report=report)
             table = pipeline.run_measure(space, adapter, tokens, measured, report=report)
         if team.leads:
             tables.show_sensitivity(table)
 
-    _shared(run)
+    shared(run)
 
 
 @app.command()
@@ -259,7 +259,7 @@ def allocate(
         if report is not None:
             latency_tables.show_latency(report, plans)
 
-    _guarded(run)
+    guarded(run)
 
 
 @app.command()
@@ -299,7 +299,7 @@ def tune(
             result = latency.run_tune(options, shapes=wanted, report=report)
         latency_tables.show_tuning(result)
 
-    _guarded(run)
+    guarded(run)
 
 
 @app.command()
@@ -308,27 +308,28 @@ def pack(
     output: Output,
     overwrite: Overwrite = False,
     memory: Memory = "8GiB",
+    force: Force = False,
     compute: Compute = "auto",
 ) -> None:
     """Write the checkpoint of the plan that a work folder holds."""
 
     def run(team: Team) -> None:
         with _progress(team) as report:
-            resources = ResourceOptions(parse_size(memory), compute=compute)
+            resources = ResourceOptions(parse_size(memory), force, compute)
             space = open_workspace(work, resources, team)
-            result = pipeline.pack_again(
-                space, OutputOptions(output, work, overwrite), report=report
-            )
+            target = OutputOptions(output, work, overwrite)
+            check = partial(check_pack, resources=resources, announce=_announcing(team))
+            result = pipeline.pack_again(space, target, report=report, check=check)
         if team.leads:
             tables.show_result(result)
 
-    _shared(run)
+    shared(run)
 
 
 @app.command()
 def inspect(folder: Annotated[Path, typer.Argument(help="A checkpoint or a work folder.")]) -> None:
     """Show the plan of a checkpoint, or what a work folder holds."""
-    _guarded(lambda: tables.show_folder(folder))
+    guarded(lambda: tables.show_folder(folder))
 
 
 def main() -> None:
@@ -336,44 +337,8 @@ def main() -> None:
     app()
 
 
-def _guarded(run: Callable[[], None]) -> None:
-    """Run a command; a mistake of the user's ends it with one message and status 1."""
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of transformers
-    try:
-        run()
-    except typer.Exit:
-        raise
-    except (ValueError, OSError, RuntimeError) as error:
-        tables.show_error(str(error))
-        raise typer.Exit(1) from error
-    except KeyboardInterrupt:
-        tables.show_error("interrupted; the same command goes on from the last finished layer")
-        sys.exit(130)
-
-
-def _shared(run: Callable[[Team], None]) -> None:
-    """Run a command that several processes may share; one of them shows what went wrong."""
-
-    def join() -> None:
-        speaks = True
-        try:
-            with team_of(os.environ, library_versions()) as team:
-                speaks = team.leads
-                run(team)
-        except PeerError as error:
-            if not error.is_mine_to_tell:
-                raise typer.Exit(1) from error
-            raise
-        except (ValueError, OSError, RuntimeError) as error:
-            if not speaks:
-                raise typer.Exit(1) from error
-            raise
-        except KeyboardInterrupt:
-            if not speaks:
-                sys.exit(130)
-            raise
-
-    _guarded(join)
+def _announcing(team: Team) -> Announce | None:
+    return tables.show_needs if team.leads else None
 
 
 def _progress(team: Team) -> AbstractContextManager[Report | None]:

@@ -4,7 +4,7 @@
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -54,6 +54,9 @@ from mxq.workspace import (
     open_workspace,
     share_calibration,
 )
+
+CheckPack = Callable[[ModelAdapter, CalibrationTokens, float, Path], None]
+"""``(adapter, tokens, bits per weight, work folder)``; raises ValueError where room is lacking."""
 
 CalibrationData = object
 """A spelling, texts, token ids, or anything else that ``load_calibration`` takes."""
@@ -140,8 +143,11 @@ def pack_again(
     *,
     choices: Choices | None = None,
     report: Report | None = None,
+    check: CheckPack | None = None,
 ) -> QuantizeResult:
     """Pack the plan that a work folder holds, from its own calibration tokens.
+
+    ``check`` is called with what will be packed before the first long step.
 
     Raises:
         ValueError: If a stage before is missing, or the model has changed since.
@@ -158,6 +164,8 @@ def pack_again(
             team, lambda: _calibration_of(work, adapter, found.settings, found.table)
         )
         check_solved_on(found.allocation, found.table)
+        if check is not None and team.leads:
+            check(adapter, tokens, found.allocation.bits_per_weight, work.folder)
         measured = found.settings.measure
         finish = Finish(work, adapter, tokens, profile, found.table, measured, output, choices)
         return pack_and_choose(finish, {"plan": found.allocation}, report)

@@ -5,7 +5,7 @@ that are measured here in a fraction of a second; take it as the order of magnit
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,12 +28,19 @@ from mxq.models.adapter import ModelAdapter
 from mxq.models.sweep import BATCH_TOKENS
 from mxq.profiling.losses import MeasureSettings
 from mxq.quantizers.choose import BATCH_BYTES, quantizing_bytes
+from mxq.workspace import CalibrationTokens
 
 LIBRARIES_BYTES = 512 * 2**20
 """Resident memory of Python with torch and transformers, a model of nothing loaded."""
 
 FLOAT_BYTES = 4
 """Weights and activations are float32 while they are computed with."""
+
+STAGES = ("profile", "measure", "pack", "measured loss")
+"""Those that take time."""
+
+_WITHOUT_GRADIENTS = MeasureOptions(sensitivity="output_mse")
+"""Of stages that measure nothing, so they keep no gradients."""
 
 Announce = Callable[["Needs", "Machine"], None]
 """Shows the needs of a run before its first long step."""
@@ -109,6 +116,36 @@ def check_quantize(
     _check(adapter, work, options.resources, options.output.work_folder, announce)
 
 
+def check_profile(
+    adapter: ModelAdapter,
+    calibration: CalibrationOptions,
+    resources: ResourceOptions,
+    folder: Path,
+    announce: Announce | None = None,
+) -> None:
+    """The same for ``mxq profile``."""
+    settings = measure_settings(adapter, _WITHOUT_GRADIENTS, None)
+    work = workload(calibration, settings, resources, plans=0, bits=0.0)
+    _check(adapter, work, resources, folder, announce, stages=("profile",))
+
+
+def check_pack(
+    adapter: ModelAdapter,
+    tokens: CalibrationTokens,
+    bits: float,
+    folder: Path,
+    *,
+    resources: ResourceOptions,
+    announce: Announce | None = None,
+) -> None:
+    """The same for ``mxq pack`` of a plan of so many bits per weight."""
+    fit, heldout = tokens.fit_ids.numel(), tokens.heldout_ids.numel()
+    batch = min(max(BATCH_TOKENS, tokens.fit_ids.shape[1]), fit)
+    settings = measure_settings(adapter, _WITHOUT_GRADIENTS, None)
+    work = Workload(fit, heldout, batch, settings, 1, bits, resources.memory_bytes)
+    _check(adapter, work, resources, folder, announce, stages=("pack", "measured loss"))
+
+
 def check_measure(
     adapter: ModelAdapter,
     calibration: CalibrationOptions,
@@ -120,7 +157,7 @@ def check_measure(
     """The same for ``mxq measure``, which packs nothing."""
     settings = measure_settings(adapter, measured, None)
     work = workload(calibration, settings, resources, plans=0, bits=0.0)
-    _check(adapter, work, resources, folder, announce)
+    _check(adapter, work, resources, folder, announce, stages=("profile", "measure"))
 
 
 def workload(
@@ -208,9 +245,11 @@ def _check(
     resources: ResourceOptions,
     folder: Path,
     announce: Announce | None,
+    stages: Sequence[str] = STAGES,
 ) -> None:
     rates = Rates(1e11, 1e7) if announce is None else measure_rates(adapter.source.device)
     needs, found = estimate(sizes_of(adapter), work, rates), machine(folder)
+    needs = replace(needs, seconds={name: needs.seconds[name] for name in stages})
     if announce is not None:
         announce(needs, found)
     check_needs(needs, found, resources)

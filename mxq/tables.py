@@ -240,7 +240,7 @@ def show_needs(needs: Needs, found: Machine) -> None:
             "", "in all", f"[bold]{gib(sum(parts.values()))}", gib(free), end_section=True
         )
     for name, seconds in needs.seconds.items():
-        table.add_row("time" if name == "profile" else "", name, about(seconds), "")
+        table.add_row("time" if name == next(iter(needs.seconds)) else "", name, about(seconds), "")
     table.caption = (
         "Time: counted operations over this machine's speed just now, an order of magnitude."
     )

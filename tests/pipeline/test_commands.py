@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import mxq
-from mxq import pipeline
+from mxq import pipeline, resources
 from mxq.artifacts import Allocation
 from mxq.cli import app
+from mxq.machine import Machine
 from mxq.quantizers import quantize_rtn
 from mxq.scheme import Scheme
 from mxq.storage import load_artifact
@@ -298,6 +299,28 @@ def test_pack_refuses_a_plan_of_other_calibration_text(work, model, tmp_path):
     )
     message = fails("pack", work, "--output", tmp_path / "out")
     assert "was measured on another model or other calibration text" in message
+
+
+@pytest.mark.parametrize("command", ["profile", "measure", "pack"])
+def test_a_stage_without_room_is_refused_before_it_begins(
+    command, work, model, text, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(resources, "machine", lambda folder: Machine(2**20, 2**50))
+    folder = tmp_path / "fresh"
+    line = {
+        "pack": (work, "--output", tmp_path / "out"),
+        "profile": (*budget_free(model, text), "--work", folder),
+        "measure": (*budget_free(model, text), "--schemes", MENU, "--work", folder),
+    }[command]
+    done = run(command, *line)
+    assert done.exit_code == 1
+    assert "of memory and 0.0 GiB are free" in done.stderr
+    stages = {"pack": ("pack", "measured loss"), "measure": ("profile", "measure")}
+    shown = [name for name in resources.STAGES if f" {name} " in done.stderr]
+    assert shown == list(stages.get(command, ("profile",)))
+    assert not list(folder.rglob("*.*"))
+    assert not list((tmp_path / "out").rglob("*.*"))
+    succeeds(command, *line, "--force")
 
 
 def test_samples_longer_than_the_model_are_refused(model, tmp_path):

@@ -63,6 +63,7 @@ LEVELS = {
     "tables": 8,
     "cli": 10,
     "cli_options": 1,
+    "cli_runs": 9,
     "__main__": 11,
 }
 
