@@ -1,4 +1,4 @@
-"""What two large models need, by the arithmetic of ``mxq.resources``; the table of docs/scaling.md.
+"""What two large models need, by the arithmetic of ``mxq.resources``: tables of docs/scaling.md.
 
     python scripts/scaling_table.py [--same-speeds]
 
@@ -27,10 +27,14 @@ from mxq.machine import Rates, measure_rates
 from mxq.models.adapter import ModelAdapter
 from mxq.models.skeleton import build_skeleton, find_decoder_layers
 from mxq.models.source import ModelSource
-from mxq.resources import Needs, estimate, sizes_of, workload
+from mxq.quantizers.choose import BATCH_BYTES
+from mxq.resources import FLOAT_BYTES, Needs, Workload, estimate, sizes_of, workload
 
 RESULT = Path(__file__).parents[1] / "benchmarks" / "results" / "scaling.json"
 BITS = 3.25
+GPU_OPERATIONS_PER_SECOND = 67e12
+"""NVIDIA's figure for float32 on an H100 SXM (data sheet); no run reaches it."""
+
 ABOUT = ("date", "machine", "threads", "versions")
 PROCESSES = (1, 8)
 
@@ -116,18 +120,24 @@ def main() -> None:
             "versions": {name: version(name) for name in ("torch", "transformers")},
         }
     found: dict[str, Any] = {}
+    on_gpus: dict[str, GPUNeeds] = {}
     for name, (family, fields) in MODELS.items():
         adapter = ModelAdapter(cast(ModelSource, unread(family, fields)))
         for processes in PROCESSES:
             needs = needs_of(adapter, processes, rates)
             found[f"{name}, {processes}"] = asdict(needs)
+            on_gpus[f"{name} | {processes}"] = gpu_needs_of(adapter, processes)
             print(row(name, processes, needs))
+    for name, gpu_needs in on_gpus.items():
+        print(gpu_row(name, gpu_needs))
     result = {
         **about,
         "rates": asdict(rates),
         "bits": BITS,
         "calibration": asdict(CalibrationOptions()),
         "needs": found,
+        "gpu_operations_per_second": GPU_OPERATIONS_PER_SECOND,
+        "on_gpus": {name.replace(" |", ","): asdict(needs) for name, needs in on_gpus.items()},
     }
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
 
@@ -140,11 +150,57 @@ def unread(family: str, fields: Mapping[str, Any]) -> Unread:
 
 def needs_of(adapter: ModelAdapter, processes: int, rates: Rates) -> Needs:
     """Of ``mxq quantize`` with its defaults, shared by that many processes."""
-    settings = measure_settings(adapter, MeasureOptions(), None)
-    work = workload(CalibrationOptions(), settings, ResourceOptions(), plans=2, bits=BITS)
     sizes = sizes_of(adapter)
     stored = 2 * (sum(sizes.layer_elements) + sizes.outside_elements)
-    return estimate(replace(sizes, stored_bytes=stored), replace(work, processes=processes), rates)
+    work = replace(default_workload(adapter), processes=processes)
+    return estimate(replace(sizes, stored_bytes=stored), work, rates)
+
+
+def default_workload(adapter: ModelAdapter) -> Workload:
+    """Of ``mxq quantize`` with its defaults."""
+    settings = measure_settings(adapter, MeasureOptions(), None)
+    return workload(CalibrationOptions(), settings, ResourceOptions(), plans=2, bits=BITS)
+
+
+@dataclass(frozen=True, slots=True)
+class GPUNeeds:
+    """Of one GPU and its process; ``operations`` are those of matrix products, all stages."""
+
+    gpu_bytes: int
+    host_bytes: int
+    operations: float
+
+
+def gpu_needs_of(adapter: ModelAdapter, processes: int) -> GPUNeeds:
+    """Memory is that of the list in docs/scaling.md; operations are those that ``estimate`` counts.
+
+    On the GPU: embeddings and head, the largest layer and what quantizing takes, the outputs of the
+    embeddings twice, one matrix's inputs, one batch. On the host: a fused parameter and its parts
+    while they are merged, and the kept activations.
+    """
+    sizes, work = sizes_of(adapter), default_workload(adapter)
+    counted = needs_of(adapter, processes, Rates(1.0, 1e30, 1e30))  # a second is an operation
+    parts = counted.memory_bytes
+    widest = max(block.in_features for layer in sizes.blocks for block in layer)
+    fused = 2 * FLOAT_BYTES * max(sizes.layer_elements) // 3
+    outputs = FLOAT_BYTES * work.tokens * (2 * sizes.hidden + widest)
+    on_gpu = ("largest layer", "one batch in it")
+    host = ("Python and libraries", "freed, kept for the next", "kept activations")
+    return GPUNeeds(
+        FLOAT_BYTES * sizes.outside_elements
+        + sum(parts[name] for name in on_gpu)
+        + BATCH_BYTES
+        + outputs,
+        sum(parts[name] for name in host) + 2 * fused,
+        sum(counted.seconds.values()),
+    )
+
+
+def gpu_row(name: str, needs: GPUNeeds) -> str:
+    """One line of the table for GPUs in Markdown."""
+    hours = needs.operations / GPU_OPERATIONS_PER_SECOND / 3600
+    gib = f"{needs.gpu_bytes / 2**30:,.0f} GiB | {needs.host_bytes / 2**30:,.0f} GiB"
+    return f"| {name} | {gib} | {needs.operations / 1e18:,.1f} | {hours:,.1f} h |"
 
 
 def row(name: str, processes: int, needs: Needs) -> str:

@@ -220,7 +220,7 @@ def _output(probe: Probe, w_NK: Tensor, candidate: Candidate) -> Tensor:
     if len(probe.x_TK) == 0:
         return probe.z_TN
     if candidate.weight.scheme.a_bits == 16:
-        # The change alone is computed: a difference of two outputs would lose its digits.
+        # The original output, its bias included, and the change in one product.
         change_NK = candidate.dense() - w_NK.to(torch.float32)
         x_TK, z_TN = probe.x_TK.to(torch.float32), probe.z_TN.to(torch.float32)
         return torch.addmm(z_TN, x_TK, change_NK.T).to(probe.z_TN.dtype)
