@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 
 SCALE_SUFFIX = "_scale_inv"
-"""A weight in fp8 has its scales beside it under this suffix."""
+"""A tensor in fp8 has its scales beside it under its name and this suffix."""
+
+SCALE_NAMES = ("scale", "qscale_weight")
+"""Other names of the scales of a module's ``weight``."""
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Values of the codes 0 to 7 of mxfp4 (OCP Microscaling Formats 1.0); bit 3 is the sign."""
@@ -94,8 +97,13 @@ def _find_fp8(quantization: Mapping[str, Any], keys: set[str]) -> Mapping[str, E
             decode = partial(decode_fp8, block=(rows, columns))
         case other:
             raise ValueError(f"has weight_block_size {other!r}, expected [rows, columns]")
-    pairs = ((key.removesuffix(SCALE_SUFFIX), key) for key in keys if key.endswith(SCALE_SUFFIX))
-    return {name: Encoded((name, scale), decode) for name, scale in pairs if name in keys}
+    found = {}
+    for key in keys:
+        name, _, last = key.rpartition(".")
+        plain = f"{name}.weight" if last in SCALE_NAMES else key.removesuffix(SCALE_SUFFIX)
+        if plain != key and plain in keys:
+            found[plain] = Encoded((plain, key), decode)
+    return found
 
 
 def _find_mxfp4(quantization: Mapping[str, Any], keys: set[str]) -> Mapping[str, Encoded]:
@@ -112,13 +120,16 @@ def decode_fp8(codes: Tensor, scales: Tensor, *, block: tuple[int, int] | None) 
     """``codes * scale`` with one scale for each block of rows and columns, float32.
 
     ``codes`` [..., N, K] in float8, ``scales`` [..., ceil(N / rows), ceil(K / columns)]; blocks at
-    the lower and right edge may be cut. ``block`` None means one scale for the whole weight.
+    the lower and right edge may be cut. ``block`` None means one scale for the whole weight. Bytes
+    as scales are exponents of 2 with a bias of 127.
 
     Raises:
         ValueError: If the types or the number of scales are not such.
     """
     if codes.element_size() != 1 or not codes.is_floating_point():
         raise ValueError(f"its codes are {codes.dtype}, expected float8")
+    if scales.dtype == torch.uint8:
+        scales = torch.ldexp(torch.ones(()), scales.int() - 127)
     if not scales.is_floating_point():
         raise ValueError(f"its scales are {scales.dtype}, expected floating point")
     n, k = codes.shape[-2:]

@@ -127,6 +127,35 @@ def test_an_fp8_source_is_packed_as_the_values_that_it_stands_for(fp8, tmp_path)
     assert plan_of(folders[0])["quant_method"] == "mxq"
 
 
+@pytest.mark.parametrize("last", ["scale", "qscale_weight"])
+@pytest.mark.parametrize("kind", [torch.uint8, torch.float8_e8m0fnu])
+def test_scales_may_have_another_name_and_be_powers_of_two(fp8, tmp_path, last, kind):
+    values = {}
+
+    def rounded(name, tensor):
+        if not name.endswith("_scale_inv"):
+            return {name: tensor}
+        exponents = tensor.log2().round()
+        values[name.removesuffix("_scale_inv")] = exponents.exp2()
+        scales = (exponents + 127).to(torch.uint8).view(kind)
+        return {f"{name.removesuffix('weight_scale_inv')}{last}": scales}
+
+    def plain(name, tensor):
+        if name not in values:
+            return {} if name.endswith("_scale_inv") else {name: tensor}
+        return {name: decode_fp8(tensor, values[name], block=FP8_BLOCK)}
+
+    source, decoded = (Path(copytree(fp8[0], tmp_path / name)) for name in ("source", "decoded"))
+    rewrite(source, rounded, None)
+    rewrite(decoded, plain, None)
+    edit_config(decoded, lambda config: config.pop("quantization_config"))
+    assert values
+    folders = [
+        write_checkpoint(s, tmp_path / f"{s.name}-out", scope="all") for s in (source, decoded)
+    ]
+    same_tensors(*folders)
+
+
 def test_an_mxfp4_source_is_packed_as_the_values_that_it_stands_for(mxfp4, tmp_path):
     folders = [write_checkpoint(source, tmp_path / source.name, scope="all") for source in mxfp4]
     same_tensors(*folders)
