@@ -129,7 +129,7 @@ def decode_fp8(codes: Tensor, scales: Tensor, *, block: tuple[int, int] | None) 
     if codes.element_size() != 1 or not codes.is_floating_point():
         raise ValueError(f"its codes are {codes.dtype}, expected float8")
     if scales.dtype == torch.uint8:
-        scales = torch.ldexp(torch.ones(()), scales.int() - 127)
+        scales = torch.ldexp(torch.ones(scales.shape), scales.int() - 127)
     if not scales.is_floating_point():
         raise ValueError(f"its scales are {scales.dtype}, expected floating point")
     n, k = codes.shape[-2:]
