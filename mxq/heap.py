@@ -44,6 +44,13 @@ def loading_weights() -> Iterator[None]:
         _set(_M_MMAP_THRESHOLD, TEMPORARY_BYTES)
 
 
+def give_back() -> None:
+    """Return the free pages of the heap to the system, also those between pieces in use."""
+    trim = _function("malloc_trim")
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
+
+
 def _set(option: int, value: int) -> None:
     tune = _function("mallopt")
     if tune is not None:

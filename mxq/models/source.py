@@ -29,7 +29,7 @@ from transformers.modeling_utils import LoadStateDictConfig, _load_parameter_int
 from transformers.utils import logging
 
 from mxq.compute import CPU
-from mxq.heap import keep_temporaries, loading_weights
+from mxq.heap import KEPT_BYTES, give_back, keep_temporaries, loading_weights
 from mxq.models.claims import (
     check_depth,
     check_floating,
@@ -114,6 +114,7 @@ class ModelSource:
 
     def free_layer(self, layer: int) -> None:
         """Drop the weights of one decoder layer."""
+        freed = sum(p.nbytes for p in self.layers[layer].parameters() if not p.is_meta)
         for module in self.layers[layer].modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
@@ -123,6 +124,8 @@ class ModelSource:
             for name, buffer in module._buffers.items():
                 if buffer is not None and name not in module._non_persistent_buffers_set:
                     module._buffers[name] = buffer.to("meta")
+        if freed > KEPT_BYTES:
+            give_back()  # beside so large a layer, taking memory anew costs nothing
 
     def stored_dtype(self, target: str) -> torch.dtype:
         """Type in which the files hold a parameter (that of its first part).
