@@ -124,8 +124,7 @@ def check_profile(
     announce: Announce | None = None,
 ) -> None:
     """The same for ``mxq profile``."""
-    settings = measure_settings(adapter, _WITHOUT_GRADIENTS, None)
-    work = workload(calibration, settings, resources, plans=0, bits=0.0)
+    work = _measuring(adapter, calibration, _WITHOUT_GRADIENTS, resources)
     _check(adapter, work, resources, folder, announce, stages=("profile",))
 
 
@@ -140,7 +139,7 @@ def check_pack(
 ) -> None:
     """The same for ``mxq pack`` of a plan of so many bits per weight."""
     fit, heldout = tokens.fit_ids.numel(), tokens.heldout_ids.numel()
-    batch = min(max(BATCH_TOKENS, tokens.fit_ids.shape[1]), fit)
+    batch = _batch_tokens(fit, tokens.fit_ids.shape[1])
     settings = measure_settings(adapter, _WITHOUT_GRADIENTS, None)
     work = Workload(fit, heldout, batch, settings, 1, bits, resources.memory_bytes)
     _check(adapter, work, resources, folder, announce, stages=("pack", "measured loss"))
@@ -155,8 +154,7 @@ def check_measure(
     announce: Announce | None = None,
 ) -> None:
     """The same for ``mxq measure``, which packs nothing."""
-    settings = measure_settings(adapter, measured, None)
-    work = workload(calibration, settings, resources, plans=0, bits=0.0)
+    work = _measuring(adapter, calibration, measured, resources)
     _check(adapter, work, resources, folder, announce, stages=("profile", "measure"))
 
 
@@ -171,8 +169,24 @@ def workload(
     """The tokens that calibration options ask for, with spare and held-out samples."""
     heldout = max(1, calibration.samples // 8) * calibration.seqlen
     fit = (calibration.samples + calibration.samples // 4) * calibration.seqlen
-    batch = max(BATCH_TOKENS, calibration.seqlen)  # at least one sample
-    return Workload(fit, heldout, min(batch, fit), settings, plans, bits, resources.memory_bytes)
+    batch = _batch_tokens(fit, calibration.seqlen)
+    return Workload(fit, heldout, batch, settings, plans, bits, resources.memory_bytes)
+
+
+def _measuring(
+    adapter: ModelAdapter,
+    calibration: CalibrationOptions,
+    measured: MeasureOptions,
+    resources: ResourceOptions,
+) -> Workload:
+    """The workload of stages that pack nothing."""
+    settings = measure_settings(adapter, measured, None)
+    return workload(calibration, settings, resources, plans=0, bits=0.0)
+
+
+def _batch_tokens(fit: int, seqlen: int) -> int:
+    """Tokens of the largest batch, which holds at least one sample."""
+    return min(max(BATCH_TOKENS, seqlen), fit)
 
 
 def sizes_of(adapter: ModelAdapter) -> Sizes:
@@ -325,7 +339,7 @@ def _seconds(sizes: Sizes, work: Workload, rates: Rates) -> dict[str, float]:
     read = sizes.stored_bytes / rates.read_bytes_per_second
     integers = [scheme for scheme in work.settings.schemes if scheme.kind == "int"]
     gptq = work.settings.method.name != "rtn"
-    tries = 2 if work.settings.rotation == "auto" and len(work.settings.schemes) > 1 else 1
+    tries = 2 if work.settings.rotation == "auto" else 1
     # Blocks are dealt to the processes; every one of them runs the layers.
     one = _one_scheme(blocks, rates, gptq) / work.processes
     # The cheapest scheme is tried both ways. Second moments and, for GPTQ, their factors are made

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from mxq.artifacts import Allocation
-from mxq.blocks import read_block
 from mxq.checkpoint.tensors import from_tensors, tensor_shapes, to_tensors
 from mxq.distributed import Team
 from mxq.models.activations import ActivationStore
@@ -262,7 +261,7 @@ def _quantize_blocks(
         by_scheme[job.allocation.schemes[name]].append(place)
     for scheme, places in sorted(by_scheme.items()):
         names = [blocks[place] for place in places]
-        weights = [_weight_of(job.adapter, name) for name in names]
+        weights = [job.adapter.weight(name) for name in names]
         batch = make_batch(names, weights, known.select(places))
         candidates = quantize_batch(batch, scheme, job.method)
         for candidate in candidates:
@@ -276,11 +275,6 @@ def _expert_of(block: str) -> str:
 
 def _sibling(block: str, projection: str) -> str:
     return f"{_expert_of(block)}.{projection}"
-
-
-def _weight_of(adapter: ModelAdapter, name: str) -> Tensor:
-    block = adapter.block(name)
-    return read_block(adapter.parameter(block), block).clone()
 
 
 class _AllSeen(BaseException):

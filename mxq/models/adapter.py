@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from mxq.blocks import LinearBlock, write_block
+from mxq.blocks import LinearBlock, read_block, write_block
 from mxq.models.experts import (
     Experts,
     expert_count,
@@ -123,6 +123,11 @@ class ModelAdapter:
     def parameter(self, block: LinearBlock) -> nn.Parameter:
         """The parameter that holds a block."""
         return self.source.model.get_parameter(block.tensor)
+
+    def weight(self, name: str) -> Tensor:
+        """View [N, K] of a block's weight as it is now."""
+        block = self.block(name)
+        return read_block(self.parameter(block), block)
 
     @contextmanager
     def recording(self, layer: int, sink: Sink, *, inputs_only: bool = False) -> Iterator[None]:

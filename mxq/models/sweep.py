@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mxq.blocks import read_block
 from mxq.compute import CPU
 from mxq.models.activations import ActivationStore
 from mxq.models.adapter import Capture, ModelAdapter
@@ -240,7 +239,7 @@ def _backward_layer(
 def _check_weights(adapter: ModelAdapter, layer: int) -> None:
     """Raise ValueError for a value that is not finite, before it has spread to other layers."""
     for block in adapter.blocks(layer):
-        check_finite(read_block(adapter.parameter(block), block), block.name)
+        check_finite(adapter.weight(block.name), block.name)
     for name, parameter in adapter.source.layers[layer].named_parameters():
         check_finite(parameter, f"{adapter.source.layer_path(layer)}.{name}")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mxq.artifacts import Provenance
-from mxq.blocks import LinearBlock, read_block
+from mxq.blocks import LinearBlock
 from mxq.models.adapter import ModelAdapter
 from mxq.models.experts import is_fused_experts
 from mxq.models.lockstep import LayerCall, hidden_of
@@ -311,8 +311,7 @@ def _inputs_of(probes: Sequence[Probe], prior_KK: Tensor | None) -> BatchInputs:
 
 
 def _weights_of(adapter: ModelAdapter, probes: Sequence[Probe]) -> list[Tensor]:
-    blocks = [adapter.block(probe.block) for probe in probes]
-    return [read_block(adapter.parameter(block), block) for block in blocks]
+    return [adapter.weight(probe.block) for probe in probes]
 
 
 def _context(adapter: ModelAdapter, batches: Batches, visit: LayerVisit) -> LayerContext:
