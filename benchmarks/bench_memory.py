@@ -377,10 +377,11 @@ def peak_of_kernel() -> int:
 
 
 def commit() -> str:
-    """The commit of the working tree, marked if files were changed."""
+    """The commit of the working tree, marked if files other than results were changed."""
     git = ["git", "-C", str(Path(__file__).parent)]
     found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+    changed = [*git, "status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)benchmarks/results"]
+    dirty = subprocess.run(changed, capture_output=True, text=True)
     return found.stdout.strip() + ("+" if dirty.stdout.strip() else "")
 
 

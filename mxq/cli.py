@@ -9,6 +9,7 @@ from typing import Annotated, TypeVar
 import typer
 
 from mxq import latency, latency_tables, pipeline, tables
+from mxq.cli_checkpoint import commands
 from mxq.cli_options import (
     Bits,
     Calibration,
@@ -69,6 +70,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(commands)
 
 Result = TypeVar("Result")
 

@@ -12,8 +12,9 @@ from checkpoints import edit_config, tensors_of, write_checkpoint
 from safetensors.torch import save_file
 from tiny import logits_of, save_tiny, token_ids
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
-from mxq.quantizers import quantize_rtn
+from mxq.quantizers import quantize_gptq, quantize_rtn
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,27 @@ def load(folder, dtype=torch.float32):
 
 def first_shard(folder):
     return next(iter(sorted(folder.glob("model-layer-*.safetensors"))))
+
+
+# What linears are fitted to
+
+
+def test_linears_that_read_parts_of_one_tensor_are_fitted_to_their_own(tmp_path, monkeypatch):
+    def write(name, part):
+        def forward(mlp, x):
+            # Two views of one storage, unless the part is made a tensor of its own.
+            gate, up = (part(half) for half in torch.cat([x, x.flip(-1).square()]).chunk(2))
+            return mlp.down_proj(mlp.act_fn(mlp.gate_proj(gate)) * mlp.up_proj(up))
+
+        monkeypatch.setattr(LlamaMLP, "forward", forward)
+        menu = "w3a16_g32_asym"
+        folder = write_checkpoint(source, tmp_path / name, menu=menu, quantizer=quantize_gptq)
+        return tensors_of(folder)[0]
+
+    source = save_tiny(tmp_path / "source", "llama")
+    views, own = write("views", lambda half: half), write("own", torch.clone)
+    assert views.keys() == own.keys()
+    assert [name for name in own if not torch.equal(views[name], own[name])] == []
 
 
 # What is loaded

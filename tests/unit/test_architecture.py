@@ -62,6 +62,7 @@ LEVELS = {
     "latency_tables": 9,
     "tables": 8,
     "cli": 10,
+    "cli_checkpoint": 9,
     "cli_options": 1,
     "cli_runs": 9,
     "__main__": 11,

@@ -1,0 +1,5 @@
+"""Commands on what a run wrote: a finished checkpoint or its work folder."""
+
+import typer
+
+commands = typer.Typer()
