@@ -24,7 +24,7 @@ from mxq.engines import (
     load_rules,
     unchecked,
 )
-from mxq.engines.compressed import CompressedConfig, read_compressed
+from mxq.engines.compressed import read_compressed
 from mxq.engines.exported import fused_name
 from mxq.engines.gptq import GptqConfig, read_gptq
 from mxq.engines.targets import unmatched
@@ -145,14 +145,9 @@ def _read_compressed(folder: Path, fields: Mapping[str, object], rules: EngineRu
             ungrouped.append(name)
         elif group is not None and module.is_linear:
             claimed.append(name)
-    exported = Exported(
-        config.groups, _unmatched(config, modules), tuple(claimed), tuple(ungrouped)
-    )
+    strangers = unmatched(config.targets, list(modules))
+    exported = Exported(config.groups, strangers, tuple(claimed), tuple(ungrouped))
     return replace(_deployment(modules, planned, "compressed-tensors"), exported=exported)
-
-
-def _unmatched(config: CompressedConfig, modules: Mapping[str, StoredModule]) -> tuple[str, ...]:
-    return unmatched(config.targets, list(modules))
 
 
 def _read_gptq(folder: Path, fields: Mapping[str, object], rules: EngineRules) -> Deployment:

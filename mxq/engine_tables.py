@@ -23,9 +23,7 @@ def show_check(report: CheckReport) -> None:
         console.print(_table(report, f"{rules.title} {rules.version}{on}"))
     warnings = len(report.findings) - report.errors
     colour = "red" if report.errors else "green"
-    console.print(
-        f"[{colour}]{report.errors} errors[/], {warnings} warnings, of {len(rules.rules)} rules."
-    )
+    console.print(f"[{colour}]{report.errors} errors[/], {warnings} warnings.")
     if report.unchecked:
         ids = ", ".join(rule.id for rule in report.unchecked)
         console.print(f"Not checked, for want of an exported configuration: {ids}.")

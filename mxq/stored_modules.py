@@ -98,6 +98,8 @@ def _module(
     tensor = next((name for name in _WEIGHTS if name in tensors), None)
     if tensor is None:
         return None
+    if gptq_bits is not None and tensor not in ("qweight", "weight"):
+        raise ValueError(f"{module} is no module of the GPTQ format: it has a {tensor}")
     shape = file.get_slice(f"{module}.{tensor}").get_shape()
     if len(shape) != 2:
         return None

@@ -80,23 +80,25 @@ def _group(name: str, stated: object, whole: object) -> ConfigGroup:
 
 def _stored(weights: Mapping[str, object], inputs: object, storage: str) -> StoredFormat:
     """The format of a group; one that no rule can be about is spelled out."""
-    strategy, w_bits, a_bits = weights.get("strategy"), weights.get("num_bits"), _input_bits(inputs)
-    group_size = None if strategy == "channel" else weights.get("group_size")
-    has_scales = strategy in ("channel", "group") and isinstance(group_size, int | None)
-    is_known = storage != "other" and has_scales and isinstance(w_bits, int)
-    if not is_known or a_bits is None:
-        spelling = f"{weights.get('type')}{w_bits} by {strategy} {weights.get('group_size')}"
+    strategy, group_size = weights.get("strategy"), count_of(weights.get("group_size"))
+    w_bits, a_bits = count_of(weights.get("num_bits")), _input_bits(inputs)
+    has_scales = strategy == "channel" or (strategy == "group" and group_size is not None)
+    if storage == "other" or not has_scales or w_bits is None or a_bits is None:
+        spelling = f"{weights.get('type')}{w_bits} by {strategy} {group_size}"
         return StoredFormat("other", spelling=spelling)
-    assert isinstance(w_bits, int)
-    assert isinstance(group_size, int | None)
     return StoredFormat(
         storage,
         w_bits,
         a_bits,
-        group_size,
+        group_size if strategy == "group" else None,
         weights.get("symmetric") is not False,
         _order(weights.get("actorder")),
     )
+
+
+def count_of(value: object) -> int | None:
+    """The value if it is an integer above 0."""
+    return value if type(value) is int and value > 0 else None
 
 
 def _input_bits(inputs: object) -> int | None:
@@ -105,8 +107,7 @@ def _input_bits(inputs: object) -> int | None:
         return 16
     if not isinstance(inputs, dict) or inputs.get("strategy") != "token":
         return None
-    bits = inputs.get("num_bits")
-    return bits if type(bits) is int and inputs.get("dynamic") is True else None
+    return count_of(inputs.get("num_bits")) if inputs.get("dynamic") is True else None
 
 
 def _order(stated: object) -> str | None:

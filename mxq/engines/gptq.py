@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import regex
 
-from mxq.engines.compressed import an_object
+from mxq.engines.compressed import an_object, count_of
 from mxq.engines.formats import DENSE, StoredFormat
 from mxq.engines.targets import compiled, match
 
@@ -32,7 +32,9 @@ def read_gptq(fields: Mapping[str, object]) -> GptqConfig:
     Raises:
         ValueError: If a field is of another type.
     """
-    base = _stored(fields, StoredFormat("packed", 4))
+    if "bits" not in fields or "group_size" not in fields:
+        raise ValueError("its quantization_config lacks bits or group_size")
+    base = _stored(fields, StoredFormat("packed"))
     stated = an_object(fields.get("dynamic") or {}, "dynamic")
     return GptqConfig(base, tuple(_override(str(k), v, base) for k, v in stated.items()))
 
@@ -49,15 +51,14 @@ def _override(
 def _stored(fields: Mapping[str, object], base: StoredFormat) -> StoredFormat:
     """The base with what the fields say instead."""
     bits, group = fields.get("bits", base.w_bits), fields.get("group_size", base.group_size or -1)
-    symmetric = fields.get("sym", base.symmetric)
     is_ordered = fields.get("desc_act", base.order is not None)
-    if type(bits) is not int or type(group) is not int:
+    w_bits, group_size = count_of(bits), count_of(group)
+    if w_bits is None or (group_size is None and group != -1):
         raise ValueError(f"its bits are {bits!r} and its group_size {group!r}, expected numbers")
-    group_size = group if group > 0 else None
     return replace(
         base,
-        w_bits=bits,
+        w_bits=w_bits,
         group_size=group_size,
-        symmetric=symmetric is not False,
+        symmetric=fields.get("sym", base.symmetric) is not False,
         order="group" if is_ordered is True and group_size is not None else None,
     )
