@@ -9,7 +9,14 @@ from math import inf
 
 from mxq.artifacts import Allocation, BlockInfo, SensitivityTable
 from mxq.config import AllocateOptions, MeasureOptions
-from mxq.engines import EngineRules, Restriction, fitting_schemes, load_rules, restrict
+from mxq.engines import (
+    EngineRules,
+    Restriction,
+    fitting_schemes,
+    format_warnings,
+    load_rules,
+    restrict,
+)
 from mxq.models.adapter import ModelAdapter
 from mxq.scheme import Scheme
 from mxq.search.problem import InfeasibleError
@@ -117,6 +124,7 @@ def notes_for(options: AllocateOptions, measured: MeasureOptions) -> tuple[str, 
     return (
         f"For {rules.title} {rules.version}{ranks}: rotation is {measured.rotation}, and only "
         f"{', '.join(str(scheme) for scheme in measured.schemes)} are measured.",
+        *format_warnings(rules, measured.schemes),
     )
 
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mxq.artifacts import Allocation, BlockInfo, SensitivityTable
+from mxq.engines import format_warnings, load_rules
 from mxq.finish import QuantizeResult
 from mxq.heldout import MeasuredLoss
 from mxq.machine import Machine
@@ -292,8 +293,11 @@ def make_console(*, stderr: bool = False) -> Console:
 
 def _show_engine(plan: Allocation, console: Console) -> None:
     line = engine_line(plan)
-    if line is not None:
-        console.print(_escape(line))
+    if line is None or plan.engine is None:
+        return
+    console.print(_escape(line))
+    for warning in format_warnings(load_rules(plan.engine), plan.schemes.values()):
+        console.print(f"[yellow]{_escape(warning)}")
 
 
 def _column_of(block: BlockInfo) -> str:

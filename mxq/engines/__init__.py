@@ -8,7 +8,7 @@ rules.
 from mxq.engines.check import check, unchecked
 from mxq.engines.deployment import ConfigGroup, Deployment, Exported, Finding
 from mxq.engines.formats import DENSE, StoredFormat, format_of
-from mxq.engines.restrict import Restriction, fitting_schemes, restrict
+from mxq.engines.restrict import Restriction, fitting_schemes, format_warnings, restrict
 from mxq.engines.rules import (
     ENGINES,
     EXPORTED,
@@ -36,6 +36,7 @@ __all__ = [
     "check_tensor_parallel",
     "fitting_schemes",
     "format_of",
+    "format_warnings",
     "load_rules",
     "restrict",
     "unchecked",

@@ -16,9 +16,12 @@ WORD_BITS = 32
 
 def takes(rule: Rule, block: BlockInfo, stored: StoredFormat, ranks: int) -> str | None:
     """Why the format is not taken; storages that no rule is about are another rule's."""
-    if stored.storage == "other" or any(_matches(a, stored) for a in rule.accepts):
-        return None
-    return f"{block.name} is {stored}"
+    return None if accepts(rule, stored) else f"{block.name} is {stored}"
+
+
+def accepts(rule: Rule, stored: StoredFormat) -> bool:
+    """Whether a rule about formats lists one, or is not about its storage."""
+    return stored.storage == "other" or any(_matches(a, stored) for a in rule.accepts)
 
 
 def divides(rule: Rule, block: BlockInfo, stored: StoredFormat, ranks: int) -> str | None:

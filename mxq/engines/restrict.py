@@ -3,11 +3,11 @@
 Warnings restrict nothing: they name what an engine needs beside itself, such as another kernel.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 from mxq.artifacts import BlockInfo
-from mxq.engines.blocks import BLOCK_KINDS, SAME_KINDS, reason
+from mxq.engines.blocks import BLOCK_KINDS, SAME_KINDS, accepts, reason
 from mxq.engines.formats import StoredFormat, format_of
 from mxq.engines.rules import EXPORTED, EngineRules, Rule
 from mxq.scheme import Scheme
@@ -74,7 +74,7 @@ def fitting_schemes(
     def first_of(bits: int, group: int | None) -> list[Scheme]:
         grids = [Scheme(bits, 16, group, symmetric) for symmetric in (False, True)]
         taken = [s for s in grids if _fits_all(rules, blocks, s, ranks)]
-        return sorted(taken, key=lambda s: _is_warned_of(rules, blocks, s, ranks))[:1]
+        return sorted(taken, key=lambda s: bool(format_warnings(rules, (s,))))[:1]
 
     groups = ([s for bits in MENU_BITS for s in first_of(bits, g)] for g in MENU_GROUPS)
     menu = next((found for found in groups if found), [])
@@ -87,18 +87,18 @@ def fitting_schemes(
     return tuple(sorted(menu))
 
 
+def format_warnings(rules: EngineRules, schemes: Iterable[Scheme]) -> tuple[str, ...]:
+    """What to know of schemes that the engine takes with a warning, such as that of a kernel."""
+    found = []
+    for rule in rules.rules:
+        if rule.kind == "formats" and not rule.is_error and rule.is_about(EXPORTED):
+            warned = sorted({s for s in schemes if not accepts(rule, format_of(s))})
+            found += [f"{_listed(warned)}: {rule.says}"] if warned else []
+    return tuple(found)
+
+
 def _fits_all(rules: EngineRules, blocks: Sequence[BlockInfo], scheme: Scheme, ranks: int) -> bool:
     return all(row[0] for row in _allowed(rules, blocks, (scheme,), ranks))
-
-
-def _is_warned_of(
-    rules: EngineRules, blocks: Sequence[BlockInfo], scheme: Scheme, ranks: int
-) -> bool:
-    """Whether a format is taken with a warning, such as that it needs another kernel."""
-    warnings = [r for r in rules.rules if r.kind == "formats" and not r.is_error]
-    about = [rule for rule in warnings if rule.is_about(EXPORTED)]
-    stored = format_of(scheme)
-    return any(reason(rule, block, stored, ranks) for rule in about for block in blocks)
 
 
 def _allowed(
@@ -154,7 +154,9 @@ def _none_taken(rules: EngineRules, block: BlockInfo, schemes: Sequence[Scheme],
     if broken is None:
         return f"{start}, whose {block.in_features} inputs no group divides; offer smaller groups"
     rule, why = broken
-    return f"{start} ({why}): {rule.says} Remedy: {rule.remedy}"
+    # A rule about formats says which ones to offer; what it advises is asked for already.
+    what = f"Remedy: {rule.remedy}" if rule.kind != "formats" else "Measure others."
+    return f"{start} ({why}): {rule.says} {what}"
 
 
 def _listed(schemes: Sequence[Scheme]) -> str:

@@ -28,6 +28,7 @@ from mxq.engines import (
     check_tensor_parallel,
     fitting_schemes,
     format_of,
+    format_warnings,
     load_rules,
     restrict,
     targets,
@@ -38,6 +39,7 @@ from mxq.engines.compressed import read_compressed
 from mxq.engines.gptq import read_gptq
 from mxq.engines.rules import Accepted, EngineRules, Fused, Rule
 from mxq.engines.targets import targets_of, unmatched
+from mxq.for_engine import inside, marked
 from mxq.planning import plan
 from mxq.scheme import Scheme, parse_schemes
 from mxq.search import InfeasibleError
@@ -389,6 +391,15 @@ def test_the_price_is_the_difference_of_two_brute_forces():
     assert "inside the rules of vLLM 0.33.0" in chosen.description
 
 
+def test_a_solver_that_stops_early_makes_no_price_below_zero():
+    # A plan inside the rules is one without them, so the best of those loses no more.
+    table = table_of(BLOCKS, parse_schemes("w4a16_g128_sym,w8a16_g128_sym"))
+    options = AllocateOptions(bits=5, engine="vllm")
+    chosen = plan(table, options)["plan"]
+    early = marked(chosen, inside(table, options), 1.001 * chosen.predicted_loss)
+    assert (early.unrestricted_loss, early.engine_cost) == (chosen.predicted_loss, 0)
+
+
 def test_an_engine_of_one_storage_gets_the_better_of_the_two():
     # At 9 bits both are open, and either may lose less.
     schemes = parse_schemes("w8a16_g128_sym,fp8")
@@ -418,6 +429,13 @@ def test_schemes_that_an_engine_does_not_take_are_named():
         plan(table, AllocateOptions(plan="uniform:w3a16_g128_asym", engine="vllm"))
     forced = plan(table, AllocateOptions(plan="uniform:w4a16_g128_sym", engine="vllm"))["plan"]
     assert (forced.engine, forced.engine_cost) == ("vllm", None)
+
+
+def test_schemes_that_need_another_kernel_are_named():
+    schemes = parse_schemes("w3a16_g128_sym,w4a16_g128_asym,w8a16_g128_sym,bf16")
+    (warning,) = format_warnings(load_rules("vllm"), schemes)
+    assert warning.startswith("w3a16_g128_sym: Marlin, which comes with the engine")
+    assert format_warnings(load_rules("sglang"), schemes) == ()
 
 
 def test_a_budget_that_the_engine_cannot_meet_says_whose_rules():
@@ -523,6 +541,17 @@ def test_the_first_target_in_the_list_wins_and_a_class_comes_last():
         "c.d",
         "re:x",
     )
+
+
+def test_transformers_takes_a_pattern_of_experts_before_an_exact_name():
+    groups = (
+        ConfigGroup("group_0", ("model.layers.0.mlp.experts.9.up_proj",), W8),
+        ConfigGroup("group_1", ("re:.*experts.*",), W4),
+    )
+    found = deployed(exported=Exported(groups=groups))
+    assert broken(found, "transformers")[0] == set()
+    found = deployed(exported=Exported(groups=groups[:1]))
+    assert broken(found, "transformers")[0] == {"group-of-experts"}
 
 
 def test_a_pattern_that_takes_for_ever_is_refused(monkeypatch):
