@@ -61,6 +61,8 @@ def quantize(  # noqa: PLR0913  (each option stands alone and has a default)
     device: str | None = None,
     tokens: int | None = None,
     max_latency_us: float | None = None,
+    engine: str | None = None,
+    tensor_parallel: int = 1,
     work: str | PathLike[str] | None = None,
     overwrite: bool = False,
     guard: bool = True,
@@ -102,6 +104,10 @@ def quantize(  # noqa: PLR0913  (each option stands alone and has a default)
         device: Device of latencies, by name, or the JSON file of a device or of a profile.
         tokens: Tokens of one step, for latencies.
         max_latency_us: Most microseconds of all blocks for one step.
+        engine: Plan inside the rules of an inference engine ("vllm", "sglang", "transformers"
+            for transformers without mxq, "trtllm"): only schemes that it takes are measured, and
+            rotation is off.
+        tensor_parallel: Ranks that the engine will split each weight over.
         work: Folder of the stages' results; None is ``work`` in the output folder.
         overwrite: Whether to replace what the output folder holds.
         guard: Whether to pack the uniform plan of the same size too and write the better one.
@@ -135,6 +141,8 @@ def quantize(  # noqa: PLR0913  (each option stands alone and has a default)
             tokens=tokens,
             max_latency_us=max_latency_us,
             profiles=profile_folder(None),
+            engine=engine,
+            tensor_parallel=tensor_parallel,
         ),
         output=OutputOptions(Path(output), None if work is None else Path(work), overwrite, guard),
         calibration=CalibrationOptions(

@@ -15,6 +15,7 @@ from mxq.cli_options import (
     Calibration,
     Compute,
     Device,
+    Engine,
     Floor,
     FloorBits,
     Force,
@@ -40,6 +41,7 @@ from mxq.cli_options import (
     Seqlen,
     Size,
     Solver,
+    TensorParallel,
     TieGateUp,
     Tokens,
     Work,
@@ -104,6 +106,8 @@ def quantize(
     device: Device = None,
     tokens: Tokens = None,
     max_latency: MaxLatency = None,
+    engine: Engine = None,
+    tp: TensorParallel = 1,
     work: WorkOption = None,
     overwrite: Overwrite = False,
     guard: Guard = True,
@@ -130,6 +134,8 @@ def quantize(
                 tokens,
                 None if max_latency is None else 1000 * max_latency,
                 _profiles(),
+                engine,
+                tp,
             ),
             OutputOptions(output, work, overwrite, guard),
             _calibration(model, calibration, samples, seqlen, seed, expert_floor),
@@ -235,6 +241,8 @@ def allocate(
     device: Device = None,
     tokens: Tokens = None,
     max_latency: MaxLatency = None,
+    engine: Engine = None,
+    tp: TensorParallel = 1,
 ) -> None:
     """Solve the plan again from a work folder, in seconds; no decoder layer is read."""
 
@@ -253,6 +261,8 @@ def allocate(
             tokens,
             None if max_latency is None else 1000 * max_latency,
             _profiles(),
+            engine,
+            tp,
         )
         space = Workspace(work)
         plans = pipeline.plan_again(space, options)

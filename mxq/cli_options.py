@@ -47,6 +47,16 @@ Tokens = Annotated[int | None, typer.Option(help="Tokens of one step, for latenc
 MaxLatency = Annotated[
     float | None, typer.Option(help="Most milliseconds of all blocks for one step.")
 ]
+Engine = Annotated[
+    str | None,
+    typer.Option(help="Plan inside its rules: vllm, sglang, transformers (without mxq) or trtllm."),
+]
+EngineName = Annotated[
+    str, typer.Option("--engine", help="vllm, sglang, transformers (without mxq) or trtllm.")
+]
+TensorParallel = Annotated[
+    int, typer.Option("--tp", help="Ranks that the engine splits each weight over.")
+]
 WorkOption = Annotated[
     Path | None, typer.Option("--work", help="Folder of the stages' results; default OUTPUT/work.")
 ]

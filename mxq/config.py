@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mxq.compute import check_compute
+from mxq.engines.rules import check_engine, check_tensor_parallel
 from mxq.kernels.spec import TILE_PLANS
 from mxq.scheme import Scheme, parse_schemes
 
@@ -99,6 +100,8 @@ class AllocateOptions:
     ``bits`` counts every stored bit of the quantized blocks per weight; ``size_bytes`` is that
     of all weight files and their index; ``plan`` forces ``uniform:SCHEME``. ``solver`` is a name or
     a ``mxq.search.problem.Solver``. ``profiles`` is the folder of measured profiles of devices.
+    ``engine`` names whose rules the plan keeps, None for mxq's own runtime, and
+    ``tensor_parallel`` over how many ranks it will be split there.
     """
 
     bits: float | None = None
@@ -114,6 +117,8 @@ class AllocateOptions:
     tokens: int | None = None
     max_latency_us: float | None = None
     profiles: Path | None = None
+    engine: str | None = None
+    tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
         """Raise ValueError for choices that do not exist, contradict or are out of range."""
@@ -141,6 +146,7 @@ class AllocateOptions:
             raise ValueError("--objective mxmoe with r < 1 needs --device and --tokens for T")
         if (self.device is None) != (self.tokens is None):
             raise ValueError("--device and --tokens go together: a latency is of both")
+        self._check_engine()
         self.forced_scheme()
 
     def forced_scheme(self) -> Scheme | None:
@@ -162,6 +168,13 @@ class AllocateOptions:
                 raise ValueError(f"--{name} is {number:g}; it must be above 0")
         if not 0 <= self.r <= 1:
             raise ValueError(f"--r {self.r:g} is not between 0 and 1")
+
+    def _check_engine(self) -> None:
+        if self.engine is not None:
+            check_engine(self.engine)
+            check_tensor_parallel(self.engine, self.tensor_parallel)
+        elif self.tensor_parallel != 1:
+            raise ValueError("--tp needs --engine: how weights are split is a rule of an engine")
 
     def _counts(self) -> Mapping[str, float | None]:
         return {

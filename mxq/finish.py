@@ -20,7 +20,14 @@ from mxq.models.adapter import ModelAdapter
 from mxq.models.source import file_digest
 from mxq.profiling.activation import ActivationStats
 from mxq.progress import Report
-from mxq.publish import RunRecord, check_same_run, files_left, publish, record_files
+from mxq.publish import (
+    RunRecord,
+    check_same_run,
+    engine_settings,
+    files_left,
+    publish,
+    record_files,
+)
 from mxq.search.allocate import next_uniform
 from mxq.workspace import CalibrationTokens, Workspace, make_provenance
 
@@ -119,7 +126,8 @@ def pack_and_choose(
 
 def _made_from(finish: Finish, plans: Mapping[str, Allocation]) -> Provenance:
     names = {name: _plan_name(plan) for name, plan in plans.items()}
-    asked = next(iter(plans.values())).asked_bits
+    first = next(iter(plans.values()))
+    asked = first.asked_bits
     return make_provenance(
         finish.table.provenance.model_digest,
         finish.tokens.digest,
@@ -128,6 +136,7 @@ def _made_from(finish: Finish, plans: Mapping[str, Allocation]) -> Provenance:
             "compute": describe(finish.adapter.source.device),
             "bits": asked,
             "plans": names,
+            **engine_settings(first.engine, first.tensor_parallel),
         },
     )
 

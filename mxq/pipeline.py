@@ -25,6 +25,7 @@ from mxq.config import (
 from mxq.demo import model_path
 from mxq.distributed import Team
 from mxq.finish import Finish, QuantizeResult, pack_and_choose, stage
+from mxq.for_engine import measured_for, notes_for
 from mxq.latency import LatencyReport, latency_report, load_pricing
 from mxq.models.adapter import ModelAdapter
 from mxq.models.source import open_source
@@ -42,7 +43,7 @@ from mxq.profiling.draw import draw_calibration
 from mxq.profiling.losses import LayerLosses, MeasureSettings
 from mxq.profiling.measure import Sharing, measure
 from mxq.progress import Report
-from mxq.publish import check_apart, check_known, check_output, find_record
+from mxq.publish import check_apart, check_known, check_output, engine_settings, find_record
 from mxq.resources import Announce, check_quantize
 from mxq.search.allocate import check_solved_on
 from mxq.workspace import (
@@ -88,6 +89,7 @@ def run_quantize(
     if work.team.leads:
         check_output(options.output, may_go_on=choices is None)
     adapter = open_adapter(options.model, work.device)
+    measured = measured_for(adapter, options.allocate, measured)
     if work.team.leads:
         _check(adapter, options, measured, choices, announce)
     with work.locked():
@@ -120,9 +122,17 @@ def _check(
             # The record has them as a plan does: of a limit for all weights.
             weights = sum(block.weights for block in adapter.blocks())
             known["bits"] = options.allocate.bits * weights / weights
+        known |= engine_settings(options.allocate.engine, options.allocate.tensor_parallel)
         check_known(options.output, model_digest=adapter.source.digest(), settings=known)
     if find_record(options.output.output) is None or options.output.overwrite:
-        check_quantize(adapter, options, measured, choices, announce)
+        notes = notes_for(options.allocate, measured)
+        check_quantize(adapter, options, measured, choices, _with_notes(announce, notes))
+
+
+def _with_notes(announce: Announce | None, notes: tuple[str, ...]) -> Announce | None:
+    if announce is None or not notes:
+        return announce
+    return lambda needs, found: announce(replace(needs, notes=notes), found)
 
 
 def plan_again(work: Workspace, options: AllocateOptions) -> dict[str, Allocation]:

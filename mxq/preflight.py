@@ -10,6 +10,7 @@ from tempfile import TemporaryFile
 from mxq.checkpoint.size import block_budget
 from mxq.choices import Choices, measure_settings
 from mxq.config import AllocateOptions, MeasureOptions, OutputOptions
+from mxq.for_engine import choices_of
 from mxq.latency import load_pricing
 from mxq.models.adapter import ModelAdapter
 from mxq.profiling.losses import MeasureSettings
@@ -60,9 +61,12 @@ def _check_budget(
     limit = (options.bits or 0) * weights
     if options.size_bytes is not None:
         limit = block_budget(adapter, options.size_bytes)
-    cheapest = sum(
-        min(s.storage_bits(b.out_features, b.in_features) for s in settings.candidates(b))
-        for b in blocks
+    cheapest = min(
+        sum(
+            min(s.storage_bits(b.out_features, b.in_features) for s in may)
+            for b, may in zip(blocks, choices, strict=True)
+        )
+        for choices in choices_of(adapter, options, settings)
     )
     if cheapest > limit * (1 + 1e-9):
         raise ValueError(

@@ -1,7 +1,7 @@
 """From a sensitivity table to an allocation: the questions that a user asks of the solver."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -10,7 +10,7 @@ import numpy as np
 from mxq.artifacts import Allocation, SensitivityTable
 from mxq.scheme import Scheme
 from mxq.search.cost import LatencyModel, storage_cost
-from mxq.search.granularity import group_labels
+from mxq.search.granularity import group_labels, joined_labels
 from mxq.search.mxmoe import least_product
 from mxq.search.problem import (
     ROUNDING,
@@ -43,13 +43,15 @@ def allocate(  # noqa: PLR0913 (each is a question of its own, and all have a de
     objective: str = "loss",
     r: float = 0.75,
     gap: float = 1e-4,
+    ties: Sequence[Sequence[Hashable]] = (),
 ) -> Allocation:
     """The plan of least predicted loss within ``bits`` per weight or ``storage_bits`` in all.
 
     Both count metadata. ``granularity`` says which blocks share a scheme (see ``GRANULARITIES``),
-    ``tie_gate_up`` that gate and up of one parent do, and ``floor_bits`` is the least average in
-    each layer. ``cost_model`` and ``tokens``, those of one step, give latencies, and
-    ``max_latency_us`` limits the sum over the blocks. ``solver`` is a name or a callable.
+    ``tie_gate_up`` that gate and up of one parent do, ``ties`` that blocks with the same entry of
+    one of them do, and ``floor_bits`` is the least average in each layer. ``cost_model`` and
+    ``tokens``, those of one step, give latencies, and ``max_latency_us`` limits the sum over the
+    blocks. ``solver`` is a name or a callable.
 
     ``objective`` "mxmoe" is ``loss^r x latency^(1-r)``, each layer on its own with the same bits
     per weight; ``bound`` is then that of the loss alone and ``proven`` is about the product.
@@ -63,6 +65,8 @@ def allocate(  # noqa: PLR0913 (each is a question of its own, and all have a de
         raise ValueError(f"no objective {objective!r}; choose one of {', '.join(_OBJECTIVES)}")
     priced = _priced(table, cost_model, tokens)
     labels = group_labels(table.blocks, granularity, tie_gate_up=tie_gate_up)
+    for tie_B in ties:
+        labels = joined_labels(labels, tie_B)
     limit = _limit(priced, bits, storage_bits)
     limits = (limit, floor_bits, max_latency_us)
     question = _Question(priced, labels, *limits, solver_named(solver), r, gap)
@@ -253,6 +257,7 @@ def _least_product_by_layer(question: _Question) -> _Answer:
         raise ValueError("objective 'mxmoe' takes neither floor_bits nor max_latency_us")
     if question.r < 1 and priced.latency is None:
         raise ValueError("objective 'mxmoe' with r < 1 needs cost_model and tokens")
+    _check_within_layers(question)
     choice, bound, proven = np.zeros(len(priced.loss), dtype=np.intp), 0.0, True
     for members in _layers(priced.table).values():
         problem, expand = _tied(question, members, ())
@@ -269,6 +274,16 @@ def _least_product_by_layer(question: _Question) -> _Answer:
         bound += product.least_loss
         proven = proven and product.proven
     return _Answer(choice, bound, proven)
+
+
+def _check_within_layers(question: _Question) -> None:
+    layers: dict[str, int] = {}
+    for block, label in zip(question.priced.table.blocks, question.labels, strict=True):
+        if layers.setdefault(label, block.layer) != block.layer:
+            raise ValueError(
+                f"objective 'mxmoe' solves each layer alone, but {block.name} shares a scheme with "
+                f"blocks of layer {layers[label]}; use objective 'loss'"
+            )
 
 
 _OBJECTIVES: Mapping[str, Callable[[_Question], _Answer]] = {
