@@ -7,7 +7,7 @@ products would be rounded once more than mxq's.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -159,20 +159,15 @@ def _inputs(scheme: Scheme) -> dict[str, Any] | None:
 def _warnings(blocks: Sequence[PackedBlock], naming: Naming) -> Iterable[str]:
     routed = {block.scheme for block in blocks if block.experts is not None}
     linear = {block.scheme for block in blocks if block.experts is None}
-    packed = {scheme for scheme in routed | linear if _format(scheme) == PACKED}
     if naming.unnamed:
         yield (
             "the original stores all experts of a layer in one tensor, which has no form here: "
-            f"they are named one by one (first {naming.unnamed[0]}.0), and engines may not find "
-            "them; transformers does not"
+            f"they are named one by one (first {naming.unnamed[0]}.0); engines may not find them, "
+            "and transformers 5.23 fills them with random numbers"
         )
-    elif len(routed) > 1:
-        yield (
-            "the experts have more than one scheme: transformers 5.23 decodes all of them as one, "
-            "without an error, and vLLM 0.33 needs one scheme for the experts of a layer"
-        )
-    elif any(not s.symmetric for s in routed):
-        yield "the experts have zero points: transformers 5.23 stops with an error"
+    else:
+        yield from _warnings_of_experts(routed)
+    packed = {scheme for scheme in routed | linear if _format(scheme) == PACKED}
     if any(not scheme.symmetric for scheme in packed & linear):
         yield "linears beside the experts have zero points: transformers 5.23 stops with an error"
     if any(scheme.w_bits in (3, 5, 6) for scheme in packed):
@@ -181,4 +176,17 @@ def _warnings(blocks: Sequence[PackedBlock], naming: Naming) -> Iterable[str]:
     if narrow:
         yield f"{', '.join(narrow)}: weights take 8 bits, because the inputs are rounded too"
     if any(scheme.a_bits < 16 for scheme in routed | linear):
-        yield "inputs are rounded by the engine, on a grid that is not quite that of mxq"
+        yield "inputs are rounded by the engine in its own way, which is not quite that of mxq"
+
+
+def _warnings_of_experts(schemes: Collection[Scheme]) -> Iterable[str]:
+    """What transformers makes of experts, for all of which it takes one scheme."""
+    if len(schemes) > 1:
+        yield (
+            "the experts have more than one scheme: transformers 5.23 decodes all of them as one, "
+            "without an error, and vLLM 0.33 needs one scheme for the experts of a layer"
+        )
+    elif any(_format(scheme) == BYTES for scheme in schemes):
+        yield "the experts round their inputs to integers: transformers 5.23 stops with an error"
+    elif any(not scheme.symmetric for scheme in schemes):
+        yield "the experts have zero points: transformers 5.23 stops with an error"
