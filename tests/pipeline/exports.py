@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from checkpoints import make_allocation, tensors_of
 from oracle import decode
+from safetensors.torch import save_file
 from tiny import save_tiny, token_ids
 
 from mxq.checkpoint.pack import pack
@@ -40,7 +41,6 @@ PLANS = {
     "fp8": lambda block: "fp8",
     "plain": lambda block: "bf16",
     "rows": lambda block: "w4a16_grow_sym",
-    "two bits": lambda block: "w2a16_g32_asym",
     "bytes": lambda block: "w8a8_grow_sym",
     "zeros": lambda block: "w4a16_g32_asym",
     "four and eight": lambda block: ("w4a16_g32_sym", "w8a16_grow_sym")[block.layer],
@@ -82,9 +82,15 @@ class Packed:
         }
 
 
-def make_packed(folder, family, plan, *, scope="all", rotated_layers=(), **changes):
+def make_packed(
+    folder, family, plan, *, scope="all", rotated_layers=(), is_positive=False, **changes
+):
     """Pack a tiny model with a plan of ``PLANS``."""
     original = save_tiny(folder / "original", family, **changes)
+    if is_positive:
+        tensors, _ = tensors_of(original)
+        magnitudes = {name: tensor.abs() for name, tensor in tensors.items()}
+        save_file(magnitudes, original / "model.safetensors", {"format": "pt"})
     adapter = ModelAdapter(open_source(original), scope=scope)
     schemes = {b.name: Scheme.parse(PLANS[plan](b)) for b in adapter.blocks()}
     allocation = make_allocation(adapter, schemes, rotated_layers=rotated_layers)

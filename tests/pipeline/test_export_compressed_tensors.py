@@ -79,7 +79,7 @@ def test_experts_of_one_tensor_are_named_one_by_one_with_a_warning(exported, tmp
 @pytest.mark.parametrize(("family", "plan"), [*CASES, ("gpt_oss", "projections")])
 def test_each_module_is_matched_by_one_group_or_ignored(family, plan, exported):
     """By exact names and ``re.match``, in any order: engines differ in theirs."""
-    packed, folder, _ = exported(family, plan)
+    _, folder, _ = exported(family, plan)
     config = quantization_of(folder)
     groups = config["config_groups"]
     weights = {n for n in tensors_of(folder)[0] if re.search(r"\.weight(_packed)?$", n)}
@@ -220,7 +220,7 @@ def test_a_warning_says(plan, words, exported):
 def test_rotated_inputs_are_refused(tmp_path):
     packed = make_packed(tmp_path, "llama", "uniform", rotated_layers=(1,))
     for to in ("compressed-tensors", "gptq"):
-        with pytest.raises(ValueError, match="7 weights .* --rotation off, or export --to deq"):
+        with pytest.raises(ValueError, match=r"7 weights .* --rotation off, or export --to deq"):
             mxq.export(packed.folder, tmp_path / "ct", to=to)
     assert not (tmp_path / "ct").exists()
 

@@ -44,7 +44,7 @@ def gptq_decode(tensors, module, bits, is_version_1):
 
 
 def rule_of(config, module):
-    """What ``dynamic`` says of a module, None if it is skipped: the first expression that matches."""
+    """What ``dynamic`` says of a module by the first match, None if it is skipped."""
     for text, fields in config["dynamic"].items():
         sign, expression = text[:2], text[2:]
         if re.match(expression, module):
@@ -76,13 +76,14 @@ def exported(tmp_path_factory):
         ("mixtral", "widths", None),
         ("llama", "widths", "gptq_v2"),
         ("llama", "four and eight", "gptq_v2"),
+        ("llama", "zeros", "gptq"),
     ],
 )
 def test_an_independent_decoder_gives_the_same_weights(family, plan, version, exported):
     packed, folder, _ = exported(family, plan, version)
     config, (tensors, _) = quantization_of(folder), tensors_of(folder)
     is_version_1 = config["checkpoint_format"] == "gptq"
-    assert is_version_1 == (plan == "four and eight" and version is None)
+    assert is_version_1 == (version == "gptq" or (plan == "four and eight" and version is None))
     expected, found = expected_tensors(packed), {}
     for name in tensors:
         module, _, suffix = name.rpartition(".")
@@ -107,13 +108,15 @@ def test_symmetric_plans_are_version_1_and_store_one_less(exported):
     tensors, _ = tensors_of(folder)
     config = quantization_of(folder)
     assert (config["checkpoint_format"], config["sym"]) == ("gptq", True)
-    words = {int(w) & 0xFFFFFFFF for n, t in tensors.items() if n.endswith("qzeros") for w in t.flatten()}
+    words = {
+        int(w) & 0xFFFFFFFF for n, t in tensors.items() if n.endswith("qzeros") for w in t.flatten()
+    }
     assert words == {0x77777777, 0x7F7F7F7F}  # one less than 8 and 128 in each place
 
 
 def test_version_1_refuses_a_zero_point_of_0(tmp_path):
-    packed = make_packed(tmp_path, "llama", "two bits")
-    with pytest.raises(ValueError, match="a zero point of 0.* give --checkpoint-format gptq_v2"):
+    packed = make_packed(tmp_path, "llama", "zeros", is_positive=True)
+    with pytest.raises(ValueError, match=r"a zero point of 0.* give --checkpoint-format gptq_v2"):
         mxq.export(packed.folder, tmp_path / "out", to="gptq", checkpoint_format="gptq")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["original", "packed"]
 
@@ -165,7 +168,7 @@ def test_what_the_format_cannot_hold_is_refused(family, plan, words, tmp_path):
 
 def test_a_width_that_32_does_not_divide_is_refused(tmp_path):
     packed = make_packed(tmp_path, "llama", "rows", intermediate_size=48)
-    with pytest.raises(ValueError, match="48 x 64 weights, and gptq needs multiples of 32"):
+    with pytest.raises(ValueError, match="64 x 48 weights, and gptq needs multiples of 32"):
         mxq.export(packed.folder, tmp_path / "out", to="gptq")
 
 

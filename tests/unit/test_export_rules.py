@@ -9,7 +9,9 @@ from mxq.checkpoint.export.targets import describe, matches
 
 
 def experts(layers, count, leaves=("gate", "up")):
-    return [f"m.layers.{i}.mlp.e.{e}.{x}" for i in range(layers) for e in range(count) for x in leaves]
+    return [
+        f"m.layers.{i}.mlp.e.{e}.{x}" for i in range(layers) for e in range(count) for x in leaves
+    ]
 
 
 def texts(rules):
