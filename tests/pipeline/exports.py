@@ -39,6 +39,9 @@ PLANS = {
         else ("w8a8_grow_sym", "w8a8_g32_asym", "w4a8_g32_asym", "w4a4_grow_sym")[block.expert]
     ),
     "fp8": lambda block: "fp8",
+    "wide experts": lambda block: (
+        "w4a16_g32_sym" if block.expert is None else "w8a16_grow_sym"
+    ),
     "plain": lambda block: "bf16",
     "rows": lambda block: "w4a16_grow_sym",
     "bytes": lambda block: "w8a8_grow_sym",

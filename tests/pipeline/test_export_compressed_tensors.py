@@ -16,6 +16,8 @@ from tiny import logits_of, token_ids
 from transformers import AutoModelForCausalLM
 
 import mxq
+from mxq.checkpoint.export import names
+from mxq.checkpoint.export.packed import open_checkpoint
 
 CASES = [
     ("qwen2_moe", "uniform"),
@@ -144,6 +146,11 @@ def test_only_the_routers_and_the_head_are_ignored_where_all_is_quantized(export
     ]  # fmt: skip
 
 
+def test_a_head_that_is_tied_is_ignored(exported):
+    _, folder, _ = exported("qwen3", "four and eight")
+    assert quantization_of(folder)["ignore"] == ["lm_head"]
+
+
 def test_linears_that_were_not_quantized_are_ignored(exported):
     _, folder, _ = exported("qwen2_moe", "uniform", scope="experts")
     ignored = quantization_of(folder)["ignore"]
@@ -169,6 +176,8 @@ IDS = token_ids(2, 12, seed=5)
         ("llama", "dense mix"),
         ("qwen3", "four and eight"),
         ("nemotron_h", "uniform"),
+        # Its shared_experts, in a narrower scheme, are not taken for the experts.
+        ("deepseek_v3", "wide experts"),
         ("llama", "fp8"),
     ],
 )
@@ -215,6 +224,23 @@ def test_transformers_stops_and_a_warning_says_so(family, plan, words, exported)
 def test_a_warning_says(plan, words, exported):
     _, _, result = exported("qwen2_moe", plan)
     assert any(words in text for text in result.warnings)
+
+
+def test_a_weight_that_files_hold_transposed_is_not_taken_for_one_of_its_own(exported, monkeypatch):
+    checkpoint = open_checkpoint(exported("qwen2_moe", "uniform")[0].folder)
+    blocks = checkpoint.blocks.values()
+    assert len(names.stored_modules(checkpoint.model, blocks)) == len(blocks) == 38
+    revert = names.revert_weight_conversion
+
+    def transposed(model, tensors):
+        found = revert(model, tensors)
+        return {n: t.T if n.endswith("up_proj.weight") else t for n, t in found.items()}
+
+    monkeypatch.setattr(names, "revert_weight_conversion", transposed)
+    left = names.stored_modules(checkpoint.model, blocks)
+    # The up projections of 4 experts and of the shared one in 2 layers.
+    assert checkpoint.blocks.keys() - left.keys() == {b.path for b in blocks if "up_proj" in b.path}
+    assert len(left) == 28
 
 
 def test_rotated_inputs_are_refused(tmp_path):
