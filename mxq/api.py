@@ -6,6 +6,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from mxq.checkpoint.export import ExportResult, export_checkpoint
+from mxq.checkpoint.export.plan import ExportOptions
 from mxq.choices import Choices, pick
 from mxq.config import (
     OWN,
@@ -156,6 +158,39 @@ def quantize(  # noqa: PLR0913  (each option stands alone and has a default)
     data = None if calibration is None or isinstance(calibration, str) else calibration
     return run_quantize(
         options, data=data, choices=_choices(sensitivity, quantizer), report=progress
+    )
+
+
+def export(  # noqa: PLR0913  (each option stands alone and has a default)
+    checkpoint: str | PathLike[str],
+    destination: str | PathLike[str],
+    *,
+    to: str,
+    dtype: str | None = None,
+    checkpoint_format: str | None = None,
+    overwrite: bool = False,
+    progress: Report | None = None,
+) -> ExportResult:
+    """Write a checkpoint of mxq for other tools, a decoder layer at a time.
+
+    Args:
+        checkpoint: Folder that ``quantize`` wrote.
+        destination: Folder to write.
+        to: "compressed-tensors", "gptq" or "dequantized".
+        dtype: Type of dequantized weights: "bfloat16" (None), "float16" or "float32".
+        checkpoint_format: "gptq" or "gptq_v2"; None is the latter where there are zero points.
+        overwrite: Whether to replace a checkpoint that the destination holds.
+        progress: Called with ``(stage, step, done, total)``.
+
+    Returns:
+        What was written, and in which tools it is known to go wrong.
+
+    Raises:
+        ValueError: For anything that the caller can mend, with what to do.
+    """
+    options = ExportOptions(dtype, checkpoint_format)
+    return export_checkpoint(
+        Path(checkpoint), Path(destination), to, options, overwrite=overwrite, report=progress
     )
 
 

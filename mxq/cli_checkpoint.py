@@ -5,10 +5,22 @@ from typing import Annotated
 
 import typer
 
-from mxq import engine_tables
+from mxq import engine_tables, tables
 from mxq.checking import check_folder
-from mxq.cli_options import EngineName, TensorParallel
+from mxq.checkpoint.export import export_checkpoint
+from mxq.checkpoint.export.plan import ExportOptions
+from mxq.cli_options import (
+    Checkpoint,
+    CheckpointFormat,
+    Destination,
+    Dtype,
+    EngineName,
+    Replace,
+    TensorParallel,
+    To,
+)
 from mxq.cli_runs import guarded
+from mxq.progress import progress_display
 
 commands = typer.Typer()
 
@@ -32,5 +44,27 @@ def check(
             engine_tables.show_check(report)
         if report.errors:
             raise typer.Exit(1)
+
+    guarded(run)
+
+
+@commands.command()
+def export(
+    checkpoint: Checkpoint,
+    destination: Destination,
+    to: To,
+    dtype: Dtype = None,
+    checkpoint_format: CheckpointFormat = None,
+    overwrite: Replace = False,
+) -> None:
+    """Write a checkpoint for other tools: compressed-tensors, gptq, or a plain model."""
+
+    def run() -> None:
+        options = ExportOptions(dtype, checkpoint_format)
+        with progress_display() as report:
+            result = export_checkpoint(
+                checkpoint, destination, to, options, overwrite=overwrite, report=report
+            )
+        tables.show_export(result)
 
     guarded(run)

@@ -72,3 +72,17 @@ Compute = Annotated[
     str,
     typer.Option(help="Where to compute: auto (a GPU if there is one), cpu, cuda or cuda:N."),
 ]
+Checkpoint = Annotated[Path, typer.Argument(help="Folder that mxq quantize or pack wrote.")]
+Destination = Annotated[Path, typer.Argument(help="Folder to write.")]
+To = Annotated[str, typer.Option(help="compressed-tensors, gptq or dequantized.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="Of dequantized weights: bfloat16 (default), float16 or float32."),
+]
+CheckpointFormat = Annotated[
+    str | None,
+    typer.Option(help="Of --to gptq: gptq or gptq_v2; default the latter for zero points."),
+]
+Replace = Annotated[
+    bool, typer.Option("--overwrite", help="Replace a checkpoint that the folder holds.")
+]
