@@ -53,6 +53,7 @@ LEVELS = {
     "publish": 5,
     "latency": 5,
     "workspace": 4,
+    "explore": 6,
     "finish": 6,
     "planning": 6,
     "api": 8,
@@ -61,11 +62,11 @@ LEVELS = {
     "pipeline": 7,
     "latency_tables": 9,
     "tables": 8,
-    "cli": 10,
-    "cli_checkpoint": 9,
+    "cli": 11,
+    "cli_checkpoint": 10,
     "cli_options": 1,
     "cli_runs": 9,
-    "__main__": 11,
+    "__main__": 12,
 }
 
 FILE_LINES_LIMIT = 400
