@@ -15,7 +15,7 @@ from mxq.search.cost import LatencyModel
 from mxq.search.prepared import Prepared, prepare_priced, price
 from mxq.search.solver_lagrangian import solve_lagrangian
 
-SOLVER_SECONDS = 0.8
+SOLVER_SECONDS = 0.4
 """When the solver stops to prove that a plan is the best one; what it has by then is shown."""
 
 

@@ -70,6 +70,9 @@ def solve(
             for choice in answer.choices:
                 incumbent = incumbent.or_better(core.whole(choice), problem)
             continue
+        if time.monotonic() >= deadline:
+            heapq.heappush(heap, (core.bound, next(order), core))
+            break
         for child in _branches(core):
             incumbent = with_plan_near(child, incumbent, problem)
             heapq.heappush(heap, (child.bound, next(order), child))

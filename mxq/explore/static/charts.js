@@ -4,7 +4,7 @@ const VIRIDIS = [
   "#440154", "#482475", "#414487", "#355f8d", "#2a788e", "#21918c",
   "#22a884", "#44bf70", "#7ad151", "#bddf26", "#fde725",
 ];
-const SERIES = ["#0b6e99", "#d55e00", "#8a5fbf", "#1a7f4b", "#c2528b", "#8c6d1f"];
+const OTHERS = ["#d55e00", "#9a6fd0", "#2a9d63", "#d1608f", "#a8842c"];
 const CONFIG = { displayModeBar: false, responsive: true };
 const FONT = 'system-ui, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif';
 
@@ -43,7 +43,8 @@ export function drawMap(element, facts, view, plan, isSorted) {
     ? view.cells.map((row) => [...row].sort((a, b) => view.busy(b) - view.busy(a)))
     : view.cells;
   const [low, high] = bitsRange(facts);
-  const ticks = [2, 3, 4, 5, 6, 8, 12, 16].filter((bits) => bits >= low * 0.97 && bits <= high * 1.03);
+  element.style.height = `${Math.min(Math.max(view.rows.length * 13 + 70, 200), 420)}px`;
+  const ticks = [2, 3, 4, 5, 6, 8, 12, 16].filter((bits) => bits >= low && bits <= high);
   const colours = theme();
   const trace = {
     type: "heatmap",
@@ -64,7 +65,7 @@ export function drawMap(element, facts, view, plan, isSorted) {
   };
   const across = sorted ? "experts of the layer, the one with most calibration tokens first" : view.axis;
   const layout = base(colours, { l: 48, r: 8, t: 6, b: 44 });
-  layout.xaxis = { ...layout.xaxis, type: "category", title: { text: across }, showgrid: false };
+  layout.xaxis = { ...layout.xaxis, type: "category", title: { text: across }, showgrid: false, tickangle: 0, nticks: 30 };
   layout.yaxis = { ...layout.yaxis, type: "category", autorange: "reversed", title: { text: "layer" }, showgrid: false };
   return Plotly.react(element, [trace], layout, CONFIG);
 }
@@ -120,7 +121,7 @@ export function drawCurve(element, facts, series, plan) {
       x: shown.map((point) => point.bits),
       y: shown.map((point) => point.loss),
       customdata: shown.map((point) => point.asked),
-      line: { width: isNow ? 2.5 : 1.5, color: SERIES[index % SERIES.length], dash: isNow ? "solid" : "dot" },
+      line: { width: isNow ? 2.5 : 1.5, color: isNow ? colours.accent : OTHERS[index % OTHERS.length], dash: isNow ? "solid" : "dot" },
       marker: { size: 5 },
       hovertemplate: "%{x:.3f} bits, loss %{y:.4g}<extra>%{fullData.name}</extra>",
     };
@@ -173,7 +174,7 @@ function base(colours, margin) {
 
 function theme() {
   const style = getComputedStyle(document.documentElement);
-  const names = ["ink", "soft", "line", "panel"];
+  const names = ["accent", "ink", "soft", "line", "panel"];
   return Object.fromEntries(names.map((name) => [name, style.getPropertyValue(`--${name}`).trim()]));
 }
 
@@ -190,7 +191,7 @@ function schemeBits(facts) {
 
 function bitsRange(facts) {
   const bits = schemeBits(facts);
-  return [Math.min(...bits), Math.max(...bits)];
+  return [Math.floor(Math.min(...bits)), Math.max(...bits)];
 }
 
 function colourOf(facts, bits) {

@@ -108,7 +108,9 @@ function askNow() {
   element("bytes").textContent = bytes((Number(element("bits").value.replace(",", ".")) * facts.weights) / 8);
   const rulesets = hasRules(read.rules) ? [read.rules, {}] : [read.rules];
   const bits = element("bits").value.trim().replace(",", ".");
-  const later = rulesets.flatMap((rules) => sweep().map((budget) => spell(budget, rules)));
+  const later = rulesets.flatMap((rules) =>
+    sweep(Number(rules["floor-bits"] ?? 0)).map((budget) => spell(budget, rules)),
+  );
   const answer = asker.answers.get(read.query);
   element("plan").classList.toggle("waiting", answer === undefined);
   if (answer !== undefined) draw(answer);
@@ -127,6 +129,10 @@ function readControls() {
       return null;
     }
     numbers[id] = text;
+  }
+  if (Number(numbers["floor-bits"]) > Number(numbers.bits)) {
+    say("The least mean bits of every layer are above the budget.");
+    return null;
   }
   const rules = {
     engine: element("engine").value,
@@ -159,9 +165,9 @@ function hasRules(rules) {
   return Object.keys(rules).length > 0;
 }
 
-/** Budgets of the curve, evenly apart in proportion; every second one first, then those between. */
-function sweep() {
-  const { least, most } = facts.bits;
+/** Budgets of the curve, evenly apart in proportion: a few of them first, then those between. */
+function sweep(floor) {
+  const { least, most } = { ...facts.bits, least: Math.max(facts.bits.least, floor) };
   const budgets = [];
   for (const stride of [8, 4, 2, 1]) {
     for (let index = 0; index <= SWEEP_BUDGETS; index += stride) {
@@ -237,7 +243,8 @@ function showUniform(plan) {
       current.rules["floor-bits"] === undefined ? "none fits in this budget" : "not compared under a floor";
     return;
   }
-  compare(element("uniform-about"), uniform.loss / plan.loss, `${uniform.scheme}, ${uniform.bits.toFixed(3)} bits: `);
+  const words = `${uniform.scheme}, ${uniform.bits.toFixed(3)} bits: loses `;
+  compare(element("uniform-about"), [words, uniform.loss, plan.loss], "good");
 }
 
 /** The plan of the same budget with no rule set, if it is there. */
@@ -246,23 +253,22 @@ function showFree() {
   const free = hasRules(current.rules) ? asker.answers.get(freeQuery()) : shown;
   const isKnown = free !== undefined && free.impossible === undefined;
   element("free").textContent = isKnown ? number(free.loss) : "...";
-  const about = element("free-about");
-  if (!hasRules(current.rules)) about.textContent = "no rule is set";
-  else if (!isKnown) about.textContent = "";
-  else {
-    const price = free.loss > 0 ? shown.loss / free.loss - 1 : 0;
-    about.replaceChildren("the rules cost ", strong(price < 1e-4 ? "nothing" : `+${percent(price)}`, price < 0.01 ? "good" : "bad"));
-  }
+  if (!hasRules(current.rules)) element("free-about").textContent = "no rule is set";
+  else if (isKnown) compare(element("free-about"), ["this plan loses ", shown.loss, free.loss], "bad");
+  else element("free-about").textContent = "";
 }
 
 function freeQuery() {
   return spell(new URLSearchParams(current.query).get("bits"), {});
 }
 
-function compare(place, ratio, before) {
-  if (!Number.isFinite(ratio)) place.textContent = `${before}the plan loses nothing`;
-  else if (ratio < 1.0001) place.replaceChildren(before, "the same loss");
-  else place.replaceChildren(before, strong(ratio < 1.1 ? `+${percent(ratio - 1)}` : `${ratio.toPrecision(3)} x`, "good"), " of the plan's loss");
+/** `[words, one, other]`: how much more the one loss is than the other. */
+function compare(place, [words, one, other], name) {
+  const ratio = one / other;
+  if (!Number.isFinite(ratio)) place.textContent = one === other ? "both lose nothing" : "the other loses nothing";
+  else if (ratio < 1.0001) place.textContent = `${words}no more`; // losses are proven to a gap of 1e-4
+  else if (ratio < 1.995) place.replaceChildren(words, strong(`${percent(ratio - 1)} more`, name));
+  else place.replaceChildren(words, strong(`${ratio.toPrecision(3)} times`, name), " as much");
 }
 
 function strong(text, name) {
