@@ -19,7 +19,7 @@ const facts = JSON.parse(element("facts").textContent);
 const views = makeViews(facts);
 const points = new Map(); // series -> its solved budgets
 const asker = makeAsker(onAnswer, (message) => say(message));
-let current = null; // { query, rules }: what the controls say
+let current = null; // { query, bits, rules }: what the controls say
 let shown = null; // the plan on the page
 let timer;
 
@@ -105,16 +105,15 @@ function askNow() {
   if (read === null) return;
   say("");
   history.replaceState(null, "", `#${read.query}`);
-  element("bytes").textContent = bytes((Number(element("bits").value.replace(",", ".")) * facts.weights) / 8);
+  element("bytes").textContent = bytes((Number(read.bits) * facts.weights) / 8);
   const rulesets = hasRules(read.rules) ? [read.rules, {}] : [read.rules];
-  const bits = element("bits").value.trim().replace(",", ".");
   const later = rulesets.flatMap((rules) =>
     sweep(Number(rules["floor-bits"] ?? 0)).map((budget) => spell(budget, rules)),
   );
   const answer = asker.answers.get(read.query);
   element("plan").classList.toggle("waiting", answer === undefined);
   if (answer !== undefined) draw(answer);
-  asker.want(rulesets.map((rules) => spell(bits, rules)), later);
+  asker.want(rulesets.map((rules) => spell(read.bits, rules)), later);
 }
 
 /** The question that the controls ask; null where a number is not one, which is said. */
@@ -142,7 +141,7 @@ function readControls() {
     "max-latency": numbers["max-latency"],
   };
   const given = Object.fromEntries(Object.entries(rules).filter(([, value]) => value !== ""));
-  return { query: spell(numbers.bits, given), rules: given };
+  return { query: spell(numbers.bits, given), bits: numbers.bits, rules: given };
 }
 
 function readAddress() {
@@ -157,8 +156,9 @@ function readAddress() {
   for (const id of ["floor-bits", "max-latency"]) element(id).value = asked.get(id) ?? "";
 }
 
+/** The query of a question; one budget has one spelling, so that no answer is asked for twice. */
 function spell(bits, rules) {
-  return new URLSearchParams({ bits: String(bits), ...rules }).toString();
+  return new URLSearchParams({ bits: String(Number(bits)), ...rules }).toString();
 }
 
 function hasRules(rules) {
@@ -259,7 +259,7 @@ function showFree() {
 }
 
 function freeQuery() {
-  return spell(new URLSearchParams(current.query).get("bits"), {});
+  return spell(current.bits, {});
 }
 
 /** `[words, one, other]`: how much more the one loss is than the other. */
