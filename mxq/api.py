@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mxq.choices import Choices, pick
 from mxq.config import (
+    OWN,
     AllocateOptions,
     CalibrationOptions,
     MeasureOptions,
@@ -15,6 +16,7 @@ from mxq.config import (
     OutputOptions,
     QuantizeOptions,
     ResourceOptions,
+    parse_menu,
     parse_size,
 )
 from mxq.finish import QuantizeResult
@@ -24,6 +26,9 @@ from mxq.profiling.sensitivity import SENSITIVITY, Sensitivity
 from mxq.progress import Report
 from mxq.quantizers import QUANTIZERS, Quantizer, per_matrix
 from mxq.scheme import Scheme, parse_schemes
+from mxq.search.problem import Solver
+
+Schemes = str | Sequence[str | Scheme]
 
 Calibration = str | Tensor | Mapping[str, object] | Iterable[object]
 
@@ -36,7 +41,7 @@ def quantize(  # noqa: PLR0913  (each option stands alone and has a default)
     size: str | int | None = None,
     plan: str | None = None,
     calibration: Calibration | None = None,
-    schemes: str | Sequence[str | Scheme] = (),
+    schemes: Schemes | Mapping[str, Schemes] = (),
     samples: int = 128,
     seqlen: int = 512,
     seed: int = 0,
@@ -52,7 +57,7 @@ def quantize(  # noqa: PLR0913  (each option stands alone and has a default)
     floor_bits: float | None = None,
     objective: str = "loss",
     r: float = 0.75,
-    solver: str = "pulp",
+    solver: str | Solver = "pulp",
     device: str | None = None,
     tokens: int | None = None,
     max_latency_us: float | None = None,
@@ -75,7 +80,8 @@ def quantize(  # noqa: PLR0913  (each option stands alone and has a default)
         calibration: A named set, ``file:PATH``, a list of texts, token ids, a mapping from domain
             names to those, or any iterable of them. None is WikiText-2 (the embedded set for
             "demo").
-        schemes: Candidates; empty means the default for the model's dimensions.
+        schemes: Candidates; empty means the default for the model's dimensions. A mapping has
+            lists for some projections ("down", "q_proj") and, under "*", for all others.
         samples: Calibration samples.
         seqlen: Tokens of each.
         seed: Seed of the choice of samples.
@@ -92,7 +98,7 @@ def quantize(  # noqa: PLR0913  (each option stands alone and has a default)
         floor_bits: Least mean bits of every layer.
         objective: "loss" for the whole model, or "mxmoe" for ``L^r T^(1-r)`` layer by layer.
         r: Exponent of the mxmoe objective.
-        solver: "pulp" or "lagrangian".
+        solver: "pulp", "lagrangian", or a ``mxq.search.problem.Solver`` of your own.
         device: Device of latencies, by name, or the JSON file of a device or of a profile.
         tokens: Tokens of one step, for latencies.
         max_latency_us: Most microseconds of all blocks for one step.
@@ -103,7 +109,8 @@ def quantize(  # noqa: PLR0913  (each option stands alone and has a default)
             in the work folder.
         force: Whether to start even if memory or disk look too small.
         compute: Where to compute: "auto" (a CUDA GPU if there is one), "cpu", "cuda" or "cuda:N".
-        progress: Called with ``(stage, step, done, total)``.
+        progress: Called with ``(stage, step, done, total)``. Ends of steps also go to the logger
+            "mxq" of the standard library, at level INFO.
 
     Returns:
         What was written, the plans, and their losses on held-out text.
@@ -133,12 +140,7 @@ def quantize(  # noqa: PLR0913  (each option stands alone and has a default)
         calibration=CalibrationOptions(
             _named(str(model), calibration), samples, seqlen, seed, expert_floor
         ),
-        measure=MeasureOptions(
-            _schemes(schemes),
-            sensitivity if isinstance(sensitivity, str) else "own",
-            quantizer if isinstance(quantizer, str) else "own",
-            rotation,
-        ),
+        measure=_measure_options(schemes, sensitivity, quantizer, rotation),
         resources=ResourceOptions(
             parse_size(memory) if isinstance(memory, str) else memory, force, compute
         ),
@@ -157,9 +159,35 @@ def _named(model: str, calibration: Calibration | None) -> str:
     return "demo" if model == "demo" else "wikitext2"
 
 
-def _schemes(schemes: str | Sequence[str | Scheme]) -> tuple[Scheme, ...]:
-    if not schemes:
-        return ()
+def _measure_options(
+    schemes: Schemes | Mapping[str, Schemes],
+    sensitivity: str | Sensitivity,
+    quantizer: str | Quantizer,
+    rotation: str,
+) -> MeasureOptions:
+    others, by_projection = _menu(schemes)
+    return MeasureOptions(
+        others,
+        sensitivity if isinstance(sensitivity, str) else OWN,
+        quantizer if isinstance(quantizer, str) else OWN,
+        rotation,
+        by_projection,
+    )
+
+
+def _menu(
+    schemes: Schemes | Mapping[str, Schemes],
+) -> tuple[tuple[Scheme, ...], dict[str, tuple[Scheme, ...]]]:
+    """Candidates of blocks, and of projections with lists of their own."""
+    if isinstance(schemes, Mapping):
+        lists = {name: _schemes(listed) for name, listed in schemes.items()}
+        return lists.pop("*", ()), lists
+    if isinstance(schemes, str) and schemes:
+        return parse_menu(schemes)
+    return (_schemes(schemes) if schemes else ()), {}
+
+
+def _schemes(schemes: Schemes) -> tuple[Scheme, ...]:
     return parse_schemes(schemes if isinstance(schemes, str) else [str(s) for s in schemes])
 
 

@@ -54,6 +54,7 @@ from mxq.config import (
     QuantizeOptions,
     ResourceOptions,
     TuneOptions,
+    parse_menu,
     parse_shapes,
     parse_size,
 )
@@ -131,7 +132,7 @@ def quantize(
             ),
             OutputOptions(output, work, overwrite, guard),
             _calibration(model, calibration, samples, seqlen, seed, expert_floor),
-            MeasureOptions(_schemes(schemes), sensitivity, quantizer, rotation),
+            _measured(schemes, sensitivity, quantizer, rotation),
             ResourceOptions(parse_size(memory), force, compute),
         )
         with _progress(team) as report:
@@ -204,7 +205,7 @@ def measure(
     def run(team: Team) -> None:
         options = ModelOptions(model, revision, scope, tuple(keep or ()))
         text = _calibration(model, calibration, samples, seqlen, seed, expert_floor)
-        measured = MeasureOptions(_schemes(schemes), sensitivity, quantizer, rotation)
+        measured = _measured(schemes, sensitivity, quantizer, rotation)
         resources = ResourceOptions(parse_size(memory), force, compute)
         space = open_workspace(work, resources, team)
         adapter = pipeline.open_adapter(options, space.device)
@@ -268,7 +269,9 @@ def tune(
     source: Annotated[
         str | None, typer.Argument(help="Work folder or model with the shapes to time.")
     ] = None,
-    schemes: Schemes = None,
+    schemes: Annotated[
+        str | None, typer.Option(help="Schemes to time, e.g. w2a16_g128_asym,w4a16_g64_sym.")
+    ] = None,
     shapes: Annotated[
         str | None, typer.Option(help="Shapes instead: OUTPUTSxINPUTS,OUTPUTSxINPUTS.")
     ] = None,
@@ -344,6 +347,13 @@ def _announcing(team: Team) -> Announce | None:
 
 def _progress(team: Team) -> AbstractContextManager[Report | None]:
     return progress_display() if team.leads else nullcontext()
+
+
+def _measured(
+    schemes: str | None, sensitivity: str, quantizer: str, rotation: str
+) -> MeasureOptions:
+    others, by_projection = ((), {}) if schemes is None else parse_menu(schemes)
+    return MeasureOptions(others, sensitivity, quantizer, rotation, by_projection)
 
 
 def _schemes(text: str | None) -> tuple[Scheme, ...]:

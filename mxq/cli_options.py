@@ -12,7 +12,11 @@ Bits = Annotated[float | None, typer.Option(help="Stored bits per weight of the 
 Size = Annotated[str | None, typer.Option(help="Size of all weight files, e.g. 5.2GiB.")]
 Plan = Annotated[str | None, typer.Option(help="Force a plan: uniform:SCHEME.")]
 Schemes = Annotated[
-    str | None, typer.Option(help="Candidates, e.g. w2a16_g128_asym,w4a16_g64_sym.")
+    str | None,
+    typer.Option(
+        help="Candidates, e.g. w2a16_g128_asym,w4a16_g64_sym; a projection's own after it: "
+        "'w2a16_g128_asym,w3a16_g128_asym;down=w4a16_g128_asym'."
+    ),
 ]
 Calibration = Annotated[
     str | None,

@@ -4,6 +4,7 @@ What is finished of this is in the work folder until the output folder has it al
 was stopped anywhere goes on; one that has ended finds its result in the output folder.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from mxq.progress import Report
 from mxq.publish import RunRecord, check_same_run, files_left, publish, record_files
 from mxq.search.allocate import next_uniform
 from mxq.workspace import CalibrationTokens, Workspace, make_provenance
+
+log = logging.getLogger("mxq")
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +214,8 @@ def stage(report: Report | None, name: str) -> Callable[[str, int, int], None]:
     """Progress of one stage, passed on to the report of the run."""
 
     def tell(step: str, done: int, total: int) -> None:
+        if done == total:
+            log.info("%s: %s, all %d done", name, step, total)
         if report is not None:
             report(name, step, done, total)
 

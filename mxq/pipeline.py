@@ -81,7 +81,9 @@ def run_quantize(
         ValueError: For anything that the user can mend; nothing is left half-written.
     """
     forced = options.allocate.forced_scheme()
-    measured = options.measure if forced is None else replace(options.measure, schemes=(forced,))
+    measured = options.measure
+    if forced is not None:
+        measured = replace(measured, schemes=(forced,), by_projection={})
     work = open_workspace(options.output.work_folder, options.resources, team)
     if work.team.leads:
         check_output(options.output, may_go_on=choices is None)
@@ -339,7 +341,9 @@ class _Table:
 
 def _recorded(adapter: ModelAdapter, settings: MeasureSettings) -> dict[str, object]:
     """The settings that a table depends on."""
+    offered = {name: [str(s) for s in menu] for name, menu in settings.offered.items()}
     return {
+        **({"offered": offered} if offered else {}),
         "schemes": [str(scheme) for scheme in settings.schemes],
         "sensitivity": settings.metric_name,
         "quantizer": settings.method.name,

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 
 from mxq.artifacts import Allocation, Provenance, SensitivityTable
 from mxq.checkpoint.size import block_budget
-from mxq.config import AllocateOptions
+from mxq.config import OWN, AllocateOptions
 from mxq.latency import load_pricing
 from mxq.models.adapter import ModelAdapter
 from mxq.search.allocate import allocate, best_uniform, uniform
@@ -27,7 +27,9 @@ def run_allocate(
     """Stages 3 and 4, kept too: a solver that ran into its time limit need not give it again."""
 
     def make() -> _Plans:
+        is_own = callable(options.solver)  # nobody knows whether another run's was the same
         asked = {name: value for name, value in asdict(options).items() if name != "profiles"}
+        asked["solver"] = OWN if is_own else options.solver
         if options.device is not None:
             asked["prices"] = digest_of(repr(load_pricing(options.device, options.profiles)))
         made_from = table.provenance
@@ -36,7 +38,7 @@ def run_allocate(
             made_from.calibration_digest,
             {**asked, "table": digest_of(to_text(table))},
         )
-        solved = work.cached("plans", _Plans, provenance)
+        solved = None if is_own else work.cached("plans", _Plans, provenance)
         if solved is None:
             solved = _Plans(plan(table, options, adapter), provenance)
             work.save("plans", solved)

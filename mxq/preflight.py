@@ -12,9 +12,9 @@ from mxq.choices import Choices, measure_settings
 from mxq.config import AllocateOptions, MeasureOptions, OutputOptions
 from mxq.latency import load_pricing
 from mxq.models.adapter import ModelAdapter
+from mxq.profiling.losses import MeasureSettings
 from mxq.profiling.table import check_fit
 from mxq.publish import check_apart
-from mxq.scheme import Scheme
 from mxq.search.solvers import solver_named
 
 
@@ -27,12 +27,12 @@ def check_request(
 ) -> None:
     """Raise ValueError for a request that would fail later, with what to change."""
     check_apart(output, adapter.source.folder)
-    schemes = measure_settings(adapter, measured, choices).schemes
-    check_fit(adapter.blocks(), schemes)
+    settings = measure_settings(adapter, measured, choices)
+    check_fit(adapter.blocks(), settings)
     solver_named(allocate.solver)
     if allocate.device is not None:
         load_pricing(allocate.device, allocate.profiles)
-    _check_budget(adapter, allocate, schemes)
+    _check_budget(adapter, allocate, settings)
     for folder in (output.output, output.work_folder):
         check_writable(folder)
 
@@ -50,9 +50,9 @@ def check_writable(folder: Path) -> None:
 
 
 def _check_budget(
-    adapter: ModelAdapter, options: AllocateOptions, schemes: tuple[Scheme, ...]
+    adapter: ModelAdapter, options: AllocateOptions, settings: MeasureSettings
 ) -> None:
-    """Raise ValueError if the cheapest scheme of every block is over the budget."""
+    """Raise ValueError if the cheapest candidate of every block is over the budget."""
     if options.plan is not None:
         return
     blocks = adapter.blocks()
@@ -61,7 +61,7 @@ def _check_budget(
     if options.size_bytes is not None:
         limit = block_budget(adapter, options.size_bytes)
     cheapest = sum(
-        min(s.storage_bits(b.out_features, b.in_features) for s in schemes if s.fits(b.in_features))
+        min(s.storage_bits(b.out_features, b.in_features) for s in settings.candidates(b))
         for b in blocks
     )
     if cheapest > limit * (1 + 1e-9):

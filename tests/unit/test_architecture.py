@@ -61,6 +61,7 @@ LEVELS = {
     "resources": 6,
     "pipeline": 7,
     "latency_tables": 9,
+    "layerwise": 8,
     "tables": 8,
     "cli": 11,
     "cli_checkpoint": 10,
