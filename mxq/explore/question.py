@@ -70,7 +70,7 @@ def allocate_command(options: AllocateOptions, setting: Setting) -> str:
         words += ["--device", options.device, "--tokens", str(options.tokens)]
     if options.max_latency_us is not None:
         words += ["--max-latency", _spelled(options.max_latency_us / 1000)]
-    return shlex.join([*words, "--solver", options.solver])
+    return shlex.join([*words, "--solver", SOLVER])
 
 
 def _given(query: str) -> Mapping[str, str]:

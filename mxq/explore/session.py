@@ -12,7 +12,7 @@ from mxq.artifacts import Allocation, SensitivityTable
 from mxq.config import AllocateOptions
 from mxq.search.allocate import Question, answer, least_loss_within, uniform_plans
 from mxq.search.cost import LatencyModel
-from mxq.search.prepared import Prepared, prepare_priced, price
+from mxq.search.prepared import Prepared, prepare, price
 from mxq.search.solver_lagrangian import solve_lagrangian
 
 SOLVER_SECONDS = 0.4
@@ -75,7 +75,7 @@ class Session:
     def _prepare(self, granularity: str, tie_gate_up: bool) -> Prepared:
         key = granularity, tie_gate_up
         if key not in self._prepared:
-            self._prepared[key] = prepare_priced(
+            self._prepared[key] = prepare(
                 self.priced, granularity=granularity, tie_gate_up=tie_gate_up
             )
         return self._prepared[key]

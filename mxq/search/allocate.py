@@ -1,7 +1,7 @@
 """From a sensitivity table to an allocation: the questions that a user asks of the solver."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
@@ -40,13 +40,15 @@ def allocate(  # noqa: PLR0913 (each is a question of its own, and all have a de
     objective: str = "loss",
     r: float = 0.75,
     gap: float = 1e-4,
+    ties: Sequence[Sequence[Hashable]] = (),
 ) -> Allocation:
     """The plan of least predicted loss within ``bits`` per weight or ``storage_bits`` in all.
 
     Both count metadata. ``granularity`` says which blocks share a scheme (see ``GRANULARITIES``),
-    ``tie_gate_up`` that gate and up of one parent do, and ``floor_bits`` is the least average in
-    each layer. ``cost_model`` and ``tokens``, those of one step, give latencies, and
-    ``max_latency_us`` limits the sum over the blocks. ``solver`` is a name or a callable.
+    ``tie_gate_up`` that gate and up of one parent do, ``ties`` that blocks with the same entry of
+    one of them do, and ``floor_bits`` is the least average in each layer. ``cost_model`` and
+    ``tokens``, those of one step, give latencies, and ``max_latency_us`` limits the sum over the
+    blocks. ``solver`` is a name or a callable.
 
     ``objective`` "mxmoe" is ``loss^r x latency^(1-r)``, each layer on its own with the same bits
     per weight; ``bound`` is then that of the loss alone and ``proven`` is about the product.
@@ -58,14 +60,9 @@ def allocate(  # noqa: PLR0913 (each is a question of its own, and all have a de
     """
     if objective not in _OBJECTIVES:
         raise ValueError(f"no objective {objective!r}; choose one of {', '.join(_OBJECTIVES)}")
-    prepared = prepare(
-        table,
-        granularity=granularity,
-        tie_gate_up=tie_gate_up,
-        cost_model=cost_model,
-        tokens=tokens,
-    )
-    limit = _limit(prepared.priced, bits, storage_bits)
+    priced = price(table, cost_model, tokens)
+    prepared = prepare(priced, granularity=granularity, tie_gate_up=tie_gate_up, ties=ties)
+    limit = _limit(priced, bits, storage_bits)
     limits = (limit, floor_bits, max_latency_us)
     return answer(Question(prepared, *limits, solver_named(solver), gap, objective, r))
 
@@ -238,6 +235,7 @@ def _least_product_by_layer(question: Question) -> _Answer:
         raise ValueError("objective 'mxmoe' takes neither floor_bits nor max_latency_us")
     if question.r < 1 and priced.latency is None:
         raise ValueError("objective 'mxmoe' with r < 1 needs cost_model and tokens")
+    _check_within_layers(question.prepared)
     choice, bound, proven = np.zeros(len(priced.loss), dtype=np.intp), 0.0, True
     for members in layers_of(priced.table).values():
         grouped = group(priced, labels, members)
@@ -255,6 +253,16 @@ def _least_product_by_layer(question: Question) -> _Answer:
         bound += product.least_loss
         proven = proven and product.proven
     return _Answer(choice, bound, proven)
+
+
+def _check_within_layers(prepared: Prepared) -> None:
+    layers: dict[str, int] = {}
+    for block, label in zip(prepared.priced.table.blocks, prepared.labels, strict=True):
+        if layers.setdefault(label, block.layer) != block.layer:
+            raise ValueError(
+                f"objective 'mxmoe' solves each layer alone, but {block.name} shares a scheme with "
+                f"blocks of layer {layers[label]}; use objective 'loss'"
+            )
 
 
 _OBJECTIVES: Mapping[str, Callable[[Question], _Answer]] = {

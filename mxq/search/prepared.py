@@ -3,7 +3,7 @@
 A plan for another budget needs none of this again, so a session keeps it between questions.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from mxq.artifacts import SensitivityTable
 from mxq.search.cost import LatencyModel, storage_cost
-from mxq.search.granularity import group_labels
+from mxq.search.granularity import group_labels, joined_labels
 from mxq.search.problem import AllocationProblem, Budget, Choice, Floor, Matrix, tie
 
 
@@ -59,46 +59,6 @@ class Prepared:
     floor_weights: tuple[float, ...]
 
 
-def prepare(
-    table: SensitivityTable,
-    *,
-    granularity: str = "block",
-    tie_gate_up: bool = False,
-    cost_model: LatencyModel | None = None,
-    tokens: float | None = None,
-) -> Prepared:
-    """The table with prices and groups.
-
-    Raises:
-        ValueError: If the options do not go together or a group has no scheme in common.
-    """
-    priced = price(table, cost_model, tokens)
-    return prepare_priced(priced, granularity=granularity, tie_gate_up=tie_gate_up)
-
-
-def prepare_priced(priced: Priced, *, granularity: str, tie_gate_up: bool) -> Prepared:
-    """A table that has its prices already, with groups.
-
-    Raises:
-        ValueError: If a group has no scheme in common.
-    """
-    table = priced.table
-    labels = group_labels(table.blocks, granularity, tie_gate_up=tie_gate_up)
-    layers = layers_of(table)
-    floors = tuple(
-        Floor(f"storage bits of layer {layer}", members, priced.storage[members], 0.0)
-        for layer, members in layers.items()
-    )
-    return Prepared(
-        priced,
-        granularity,
-        tie_gate_up,
-        labels,
-        group(priced, labels, np.arange(len(table.blocks)), floors),
-        tuple(float(priced.weights_B[members].sum()) for members in layers.values()),
-    )
-
-
 def price(table: SensitivityTable, cost_model: LatencyModel | None, tokens: float | None) -> Priced:
     """The table as arrays, with exact storage and, if there is a cost model, latencies.
 
@@ -123,6 +83,37 @@ def price(table: SensitivityTable, cost_model: LatencyModel | None, tokens: floa
         latency,
         source,
         np.array([b.out_features * b.in_features for b in table.blocks], dtype=np.float64),
+    )
+
+
+def prepare(
+    priced: Priced,
+    *,
+    granularity: str = "block",
+    tie_gate_up: bool = False,
+    ties: Sequence[Sequence[Hashable]] = (),
+) -> Prepared:
+    """A priced table with its groups; see ``mxq.search.allocate`` for the options.
+
+    Raises:
+        ValueError: If there is no such granularity, or a group has no scheme in common.
+    """
+    table = priced.table
+    labels = group_labels(table.blocks, granularity, tie_gate_up=tie_gate_up)
+    for tie_B in ties:
+        labels = joined_labels(labels, tie_B)
+    layers = layers_of(table)
+    floors = tuple(
+        Floor(f"storage bits of layer {layer}", members, priced.storage[members], 0.0)
+        for layer, members in layers.items()
+    )
+    return Prepared(
+        priced,
+        granularity,
+        tie_gate_up,
+        labels,
+        group(priced, labels, np.arange(len(table.blocks)), floors),
+        tuple(float(priced.weights_B[members].sum()) for members in layers.values()),
     )
 
 

@@ -148,7 +148,7 @@ export function drawCurve(element, facts, series, plan) {
       hovertemplate: "this plan<br>%{x:.3f} bits, loss %{y:.4g}<extra></extra>",
     });
   }
-  const layout = base(colours, { l: 64, r: 12, t: 6, b: 44 });
+  const layout = base(colours, { l: 72, r: 12, t: 6, b: 44 });
   layout.xaxis = { ...layout.xaxis, title: { text: "bits per weight reached" } };
   layout.yaxis = { ...layout.yaxis, type: "log", exponentformat: "power", dtick: 1, title: { text: facts.unit } };
   layout.legend = { x: 1, y: 1, xanchor: "right", bgcolor: "rgba(0,0,0,0)" };

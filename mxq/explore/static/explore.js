@@ -9,9 +9,9 @@ const SWEEP_BUDGETS = 24;
 const NUMBER = /^\d{1,9}(\.\d{1,6})?$/;
 const GRANULARITIES = {
   block: "block: each matrix alone",
-  expert: "expert: its projections together",
-  projection: "projection: of all experts of a layer",
-  layer: "layer: all experts of a layer",
+  expert: "expert: its matrices",
+  projection: "projection: of all experts",
+  layer: "layer: all its experts",
 };
 
 const element = (id) => document.getElementById(id);
@@ -21,6 +21,7 @@ const points = new Map(); // series -> its solved budgets
 const asker = makeAsker(onAnswer, (message) => say(message));
 let current = null; // { query, bits, rules }: what the controls say
 let shown = null; // the plan on the page
+let isPossible = true; // whether there is a plan for what the controls say; else the last one pales
 let timer;
 
 start();
@@ -197,19 +198,16 @@ function remember(query, answer) {
 }
 
 function draw(answer) {
+  isPossible = answer.impossible === undefined;
   element("plan").classList.remove("waiting");
-  element("plan").classList.toggle("none", answer.impossible !== undefined);
-  if (answer.impossible !== undefined) {
-    shown = null;
-    say(answer.impossible);
-    showCurve();
-    return;
-  }
-  shown = answer;
-  showTiles(answer);
-  showFree();
-  drawShownMap();
-  drawBars(element("bars"), facts, answer);
+  element("plan").classList.toggle("none", !isPossible);
+  if (isPossible) {
+    shown = answer;
+    showTiles(answer);
+    showFree();
+    drawShownMap();
+    drawBars(element("bars"), facts, answer);
+  } else say(answer.impossible);
   showCurve();
 }
 
@@ -249,7 +247,7 @@ function showUniform(plan) {
 
 /** The plan of the same budget with no rule set, if it is there. */
 function showFree() {
-  if (shown === null) return;
+  if (shown === null || !isPossible) return;
   const free = hasRules(current.rules) ? asker.answers.get(freeQuery()) : shown;
   const isKnown = free !== undefined && free.impossible === undefined;
   element("free").textContent = isKnown ? number(free.loss) : "...";
@@ -293,7 +291,7 @@ function showCurve() {
     .map(([name, solved]) => ({ name: name === "" ? "no rules" : spokenRules(name), points: solved, isNow: name === now }));
   const left = asker.left();
   element("filling").textContent = left > 0 ? `${left} budgets to go` : "click a point to go there";
-  drawCurve(element("curve"), facts, series, shown);
+  drawCurve(element("curve"), facts, series, isPossible ? shown : null);
   if (!isWired) {
     isWired = true;
     element("curve").on("plotly_click", ({ points: [point] }) => {
@@ -321,7 +319,7 @@ function setTheme(name) {
 }
 
 async function copyCommand() {
-  if (shown === null) return;
+  if (shown === null || !isPossible) return;
   try {
     await navigator.clipboard.writeText(shown.command);
     element("copy").textContent = "Copied";
