@@ -2,7 +2,8 @@
 
 24 layers of 60 experts, a shared expert and attention: 4,488 blocks, with the default candidates.
 Losses and token counts are heavy-tailed, drawn by a fixed seed. A move is the whole way from a
-query to the bytes of its answer; "solver" is the part that the page shows.
+query to the bytes of its answer; "solver" is the part that the page shows, and "processor" the
+processor's time of a move, which other work on the machine hardly changes.
 
     python benchmarks/bench_explore.py --json benchmarks/results/explore-2cores.json
 """
@@ -26,7 +27,7 @@ from mxq.config import GRANULARITIES, default_schemes
 from mxq.explore.question import Setting, parse_question
 from mxq.explore.run import solved
 from mxq.explore.server import json_resource
-from mxq.explore.session import Session
+from mxq.explore.session import SOLVER_SECONDS, Session
 from mxq.search import load_device
 from mxq.search.cost import CostModel
 
@@ -88,13 +89,14 @@ def time_moves(
     session: Session, setting: Setting, rules: str, bits: Sequence[float]
 ) -> dict[str, Any]:
     """Milliseconds of the moves to each budget under these rules; the first one prepares them."""
-    moves, solver, gaps, unproven, impossible = [], [], [], 0, 0
+    moves, busy, solver, gaps, unproven, impossible = [], [], [], [], 0, 0
     for budget in bits:
-        start = time.perf_counter()
+        start, start_busy = time.perf_counter(), time.process_time()
         options = parse_question(f"bits={budget:g}{rules}", setting)
         plan: Any = solved(session, setting, options)
         json_resource(plan)
         moves.append(1000 * (time.perf_counter() - start))
+        busy.append(1000 * (time.process_time() - start_busy))
         if "impossible" in plan:
             impossible += 1
             continue
@@ -110,6 +112,8 @@ def time_moves(
         "first_move_ms": round(moves[0], 1),
         "median_move_ms": round(median(moves), 1),
         "worst_move_ms": round(max(moves), 1),
+        "median_processor_ms": round(median(busy), 1),
+        "worst_processor_ms": round(max(busy), 1),
         "median_solver_ms": round(median(solver), 1),
         "worst_solver_ms": round(max(solver), 1),
     }
@@ -125,6 +129,7 @@ def all_rules() -> list[str]:
 def run(step: float) -> dict[str, Any]:
     """All rows, printed as they come."""
     table = synthetic_table()
+    about = _about(table)
     start = time.perf_counter()
     session = Session(table)
     opened = time.perf_counter() - start
@@ -134,7 +139,7 @@ def run(step: float) -> dict[str, Any]:
     timed = Session(table, cost_model=CostModel(load_device("h200")), tokens=64)
     setting = Setting(Path("work"), "h200", 64)
     rows.append(_shown(time_moves(timed, setting, f"&max-latency={_latency_ms(timed):.3f}", bits)))
-    return {**_about(table), "open_session_ms": round(1000 * opened, 1), "rows": rows}
+    return {**about, "open_session_ms": round(1000 * opened, 1), "rows": rows}
 
 
 def _latency_ms(session: Session) -> float:
@@ -156,6 +161,8 @@ def _about(table: SensitivityTable) -> dict[str, Any]:
         "blocks": len(table.blocks),
         "schemes": [str(scheme) for scheme in table.schemes],
         "cpus": os.cpu_count(),
+        "load_before": round(os.getloadavg()[0], 1),
+        "solver_seconds": SOLVER_SECONDS,
         "threads": os.environ.get("OMP_NUM_THREADS", "default"),
         "versions": {"python": platform.python_version(), "numpy": np.__version__},
     }

@@ -136,7 +136,7 @@ def _branches(core: Core) -> list[Core]:
 def _no_plan(problem: AllocationProblem, *, ruled_out: bool) -> Exception:
     limits = [f"{budget.name!r} (at most {budget.limit:.6g})" for budget in problem.budgets]
     limits += [f"{floor.name!r} (at least {floor.minimum:.6g})" for floor in problem.floors]
-    names = ", ".join(limits)
+    names = ", ".join(limits[:3]) + (f" and {len(limits) - 3} more" if len(limits) > 3 else "")
     if ruled_out:
         return InfeasibleError(
             f"{names}: each limit can be met, but not all together; relax one of them"

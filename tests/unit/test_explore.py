@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from math import inf
 from pathlib import Path
 from threading import Thread
 
@@ -99,6 +101,31 @@ def test_the_uniform_plan_beside_is_the_best_one_that_fits():
     assert session.solve(ask("bits=4.2&floor-bits=2.5")).uniform is None
 
 
+def without(*schemes):
+    """The table in which some schemes, by number, are not to be had."""
+    rows = [[inf if s in schemes else x for s, x in enumerate(row)] for row in TABLE.loss]
+    return replace(TABLE, loss=tuple(map(tuple, rows)))
+
+
+def test_an_engine_that_takes_one_of_two_menus_gets_the_better_plan_inside_its_ties():
+    # Menus: 2 and 8 bits, or 3 and 4 bits. All down projections share a scheme.
+    tables = without(1, 2, 4), without(0, 3, 4)
+    ties = [tuple("down" if b.projection == "down" else None for b in TABLE.blocks)]
+    session = Session(TABLE, restrict=lambda table, options: (tables, ties), solver_seconds=60)
+    for bits in (2.3, 3.3, 4.5):  # the first is less than any plan of 3 and 4 bits
+        found = session.solve(ask(f"bits={bits}&granularity=expert&tie-gate-up=1"))
+        plans = []
+        for table in tables:
+            with suppress(InfeasibleError):
+                limited = {"bits": bits, "granularity": "expert", "tie_gate_up": True}
+                plans.append(allocate(table, **limited, ties=ties, solver="lagrangian"))
+        assert found.plan == min(plans, key=lambda plan: plan.predicted_loss)
+        assert SCHEMES[4] not in found.plan.schemes.values()
+    assert found.uniform.bits_per_weight == 4.15625
+    with pytest.raises(InfeasibleError, match=r"the cheapest plan needs 3\.1484"):
+        session.solve(ask("bits=2"))
+
+
 def test_a_solver_that_is_out_of_time_says_what_it_has_not_proven():
     # No time at all: the first plan and the bound of the prices, valid but apart.
     plan = Session(TABLE, solver_seconds=0).solve(ask("bits=3.3&granularity=layer")).plan
@@ -111,6 +138,14 @@ def test_a_solver_that_is_out_of_time_says_what_it_has_not_proven():
 def test_no_plan_says_why():
     with pytest.raises(InfeasibleError, match=r"the cheapest plan needs 2\.14062"):
         Session(TABLE).solve(ask("bits=2"))
+
+
+def test_limits_that_contradict_each_other_are_named_but_not_all_of_them():
+    # Nothing stores just 2.2 bits in every layer, and 2.2 is all there is.
+    with pytest.raises((ValueError, RuntimeError)) as error:
+        Session(TABLE, solver_seconds=0).solve(ask("bits=2.2&floor-bits=2.2"))
+    assert "'storage bits of layer 1' (at least 1.1" in str(error.value)
+    assert "and 1 more" in str(error.value)
 
 
 def test_a_question_has_the_names_and_units_of_the_command_line():
