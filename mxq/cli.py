@@ -1,6 +1,5 @@
 """The command line: options in, the pipeline, tables out. No logic of its own."""
 
-import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -47,7 +46,7 @@ from mxq.cli_options import (
     Work,
     WorkOption,
 )
-from mxq.cli_runs import guarded, shared
+from mxq.cli_runs import guarded, profiles_folder, shared
 from mxq.config import (
     AllocateOptions,
     CalibrationOptions,
@@ -133,7 +132,7 @@ def quantize(
                 device,
                 tokens,
                 None if max_latency is None else 1000 * max_latency,
-                _profiles(),
+                profiles_folder(),
                 engine,
                 tp,
             ),
@@ -260,7 +259,7 @@ def allocate(
             device,
             tokens,
             None if max_latency is None else 1000 * max_latency,
-            _profiles(),
+            profiles_folder(),
             engine,
             tp,
         )
@@ -304,7 +303,7 @@ def tune(
             _schemes(schemes),
             tuple(plans.split(",")) if plans else (),
             device,
-            output or _profiles(),
+            output or profiles_folder(),
             replays,
         )
         wanted = parse_shapes(shapes) if shapes is not None else ()
@@ -358,10 +357,6 @@ def _announcing(team: Team) -> Announce | None:
 
 def _progress(team: Team) -> AbstractContextManager[Report | None]:
     return progress_display() if team.leads else nullcontext()
-
-
-def _profiles() -> Path:
-    return latency.profile_folder(os.environ.get("XDG_CACHE_HOME"))
 
 
 def _measured(

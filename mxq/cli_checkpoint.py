@@ -13,13 +13,18 @@ from mxq.cli_options import (
     Checkpoint,
     CheckpointFormat,
     Destination,
+    Device,
     Dtype,
     EngineName,
     Replace,
     TensorParallel,
     To,
+    Tokens,
+    Work,
 )
-from mxq.cli_runs import guarded
+from mxq.cli_runs import guarded, profiles_folder
+from mxq.explore.question import Setting
+from mxq.explore.run import run_explore
 from mxq.progress import progress_display
 
 commands = typer.Typer()
@@ -66,5 +71,24 @@ def export(
                 checkpoint, destination, to, options, overwrite=overwrite, report=report
             )
         tables.show_export(result)
+
+    guarded(run)
+
+
+@commands.command()
+def explore(
+    work: Work,
+    device: Device = None,
+    tokens: Tokens = None,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port of 127.0.0.1; 0 takes a free one.")
+    ] = 0,
+    browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
+) -> None:
+    """Show plans of a work folder on a local page: move the budget, see plan and loss at once."""
+
+    def run() -> None:
+        setting = Setting(work, device, tokens, profiles_folder())
+        run_explore(setting, port=port, opens_browser=browser, announce=tables.show_address)
 
     guarded(run)

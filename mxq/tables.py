@@ -285,6 +285,11 @@ def show_export(result: ExportResult) -> None:
     )
 
 
+def show_address(url: str) -> None:
+    """Where a page is served, and how to end it."""
+    make_console().print(f"The plans are at [bold]{url}[/] (Ctrl-C ends the page)")
+
+
 def show_error(message: str) -> None:
     """One clear message on the error stream."""
     Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {_escape(message)}")

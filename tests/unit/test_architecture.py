@@ -57,6 +57,7 @@ LEVELS = {
     "publish": 5,
     "latency": 5,
     "workspace": 4,
+    "explore": 6,
     "finish": 6,
     "for_engine": 5,
     "planning": 6,
