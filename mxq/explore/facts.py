@@ -10,7 +10,8 @@ import numpy as np
 
 from mxq.artifacts import Allocation, BlockInfo
 from mxq.config import GRANULARITIES, AllocateOptions
-from mxq.explore.question import ENGINES, Setting, allocate_command
+from mxq.engines import ENGINES
+from mxq.explore.question import Setting, allocate_command
 from mxq.explore.session import Explored, Session
 
 Fields = dict[str, object]

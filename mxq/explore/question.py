@@ -14,11 +14,8 @@ from mxq.config import AllocateOptions
 
 SOLVER = "lagrangian"
 
-ENGINES: tuple[str, ...] = ()
-"""Engines whose rules a plan can keep; the page offers none beside them."""
-
 _NUMBER = re.compile(r"\d{1,9}(\.\d{1,6})?", re.ASCII)
-_PARAMETERS = ("bits", "granularity", "tie-gate-up", "floor-bits", "max-latency")
+_PARAMETERS = ("bits", "granularity", "tie-gate-up", "floor-bits", "max-latency", "engine", "tp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +51,8 @@ def parse_question(query: str, setting: Setting) -> AllocateOptions:
         tokens=setting.tokens,
         max_latency_us=None if latency_ms is None else 1000 * latency_ms,
         profiles=setting.profiles,
+        engine=given.get("engine"),
+        tensor_parallel=_count(given, "tp"),
     )
 
 
@@ -66,6 +65,10 @@ def allocate_command(options: AllocateOptions, setting: Setting) -> str:
         words += ["--tie-gate-up"]
     if options.floor_bits is not None:
         words += ["--floor-bits", _spelled(options.floor_bits)]
+    if options.engine is not None:
+        words += ["--engine", options.engine]
+    if options.tensor_parallel != 1:
+        words += ["--tp", str(options.tensor_parallel)]
     if options.device is not None:
         words += ["--device", options.device, "--tokens", str(options.tokens)]
     if options.max_latency_us is not None:
@@ -97,6 +100,12 @@ def _number(given: Mapping[str, str], name: str) -> float | None:
             f"{name} is {given[name][:40]!r}; expected a number with at most 6 decimals, e.g. 3.25"
         )
     return float(given[name])
+
+
+def _count(given: Mapping[str, str], name: str) -> int:
+    if re.fullmatch(r"[1-9]\d{0,5}", given.get(name, "1"), re.ASCII) is None:
+        raise ValueError(f"{name} is {given[name][:40]!r}; expected a number from 1 on")
+    return int(given.get(name, "1"))
 
 
 def _flag(given: Mapping[str, str], name: str) -> bool:

@@ -4,12 +4,14 @@ import webbrowser
 from collections.abc import Callable, Mapping
 from threading import Thread
 
+from mxq.artifacts import SensitivityTable
 from mxq.config import AllocateOptions
 from mxq.explore.facts import plan_facts, table_facts
 from mxq.explore.page import page_resources
 from mxq.explore.question import Setting, parse_question
 from mxq.explore.server import LocalServer, Site
-from mxq.explore.session import Session
+from mxq.explore.session import Restricted, Session
+from mxq.for_engine import inside
 from mxq.latency import load_pricing
 from mxq.workspace import Workspace
 
@@ -58,13 +60,25 @@ def solved(session: Session, setting: Setting, options: AllocateOptions) -> Mapp
         return {"impossible": str(error)}
 
 
+def within_rules(table: SensitivityTable, options: AllocateOptions) -> Restricted:
+    """What the engine of the options takes.
+
+    Raises:
+        ValueError: If it takes nothing for some block, or the inputs are rotated.
+    """
+    found = inside(table, options)
+    return ((table,), ()) if found is None else (found.tables, found.restriction.ties)
+
+
 def _session(work: Workspace, setting: Setting) -> Session:
     if (setting.device is None) != (setting.tokens is None):
         raise ValueError("--device and --tokens go together: a latency is of both")
     if setting.device is None:
-        return Session(work.sensitivity())
+        return Session(work.sensitivity(), restrict=within_rules)
     cost = load_pricing(setting.device, setting.profiles).cost
-    return Session(work.sensitivity(), cost_model=cost, tokens=setting.tokens)
+    return Session(
+        work.sensitivity(), cost_model=cost, tokens=setting.tokens, restrict=within_rules
+    )
 
 
 def _show(url: str) -> None:

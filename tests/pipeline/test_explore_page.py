@@ -123,6 +123,14 @@ def test_rules_are_solved_and_compared_with_the_plan_without_them(chromium, site
         free = allocate(TABLE, bits=3.3, solver="lagrangian").predicted_loss
         shows(page, "#free", f"{free:.4g}"[:5])
         shows(page, "#free-about", "this plan loses")
+        page.locator("#engine").select_option("vllm")
+        shows(page, "#message", "the cheapest plan needs 4.1562")
+        page.locator("#bits").fill("6")
+        shows(page, "#command", "--engine vllm")
+        page.locator("#tp").fill("2")
+        shows(page, "#message", "2 ranks")  # halves of 128 inputs hold no group of 128
+        page.locator("#tp").fill("")
+        page.locator("#engine").select_option("")
         page.locator("#floor-bits").fill("3")
         shows(page, "#command", "--floor-bits 3")
         shows(page, "#uniform-about", "not compared under a floor")

@@ -24,7 +24,7 @@ from mxq.config import AllocateOptions
 from mxq.explore.facts import table_facts
 from mxq.explore.page import page_text, plotly_script
 from mxq.explore.question import Setting, allocate_command, parse_question
-from mxq.explore.run import open_site
+from mxq.explore.run import open_site, within_rules
 from mxq.explore.server import LocalServer, Resource, Site
 from mxq.explore.session import Session
 from mxq.latency import load_pricing
@@ -180,6 +180,9 @@ BAD_QUERIES = {
     "bits=3&granularity=row": "granularity 'row' is unknown; choose one of block",
     "bits=3&tie-gate-up=yes": "tie-gate-up is 'yes'; expected 0 or 1",
     "bits=3&floor-bits=4": "--floor-bits 4 is above --bits 3",
+    "bits=3&engine=cuda": "cuda",
+    "bits=3&engine=vllm&tp=0": "tp is '0'; expected a number from 1 on",
+    "bits=3&tp=2": "--tp needs --engine",
     "bits=3&max-latency=1": "--max-latency needs --device and --tokens",
     "&".join(["bits=3"] * 30): "not of the form",
 }
@@ -192,23 +195,38 @@ def test_a_bad_question_says_what_is_wrong(query):
 
 
 @pytest.mark.parametrize(
-    "rules",
-    ["&granularity=projection", "&tie-gate-up=1", "&floor-bits=3.1", "&max-latency={middle}"],
+    ("bits", "rules"),
+    [
+        (3.123456, "&granularity=projection"),
+        (3.123456, "&tie-gate-up=1"),
+        (3.123456, "&floor-bits=3.1"),
+        (3.123456, "&max-latency={middle}"),
+        (6.123456, "&engine=vllm"),
+        (6.123456, "&engine=sglang"),
+    ],
 )
-def test_the_command_gives_the_plan_that_was_shown(tmp_path, rules):
+def test_the_command_gives_the_plan_that_was_shown(tmp_path, bits, rules):
     work = save_work(tmp_path / "a work folder", TABLE)
     setting = Setting(work.folder, "h200", 16)
-    session = Session(TABLE, cost_model=H200, tokens=16, solver_seconds=60)
-    ends = [session.solve(ask(f"bits={bits}", setting)).plan for bits in (2.2, 3.123456)]
+    session = Session(TABLE, cost_model=H200, tokens=16, restrict=within_rules, solver_seconds=60)
+    ends = [session.solve(ask(f"bits={end}", setting)).plan for end in (2.2, bits)]
     middle_ms = sum(plan.predicted_latency_us for plan in ends) / 2000
-    options = ask(f"bits=3.123456{rules}".format(middle=f"{middle_ms:.6f}"), setting)
+    options = ask(f"bits={bits}{rules}".format(middle=f"{middle_ms:.6f}"), setting)
     shown = session.solve(options).plan
     assert shown.schemes != ends[1].schemes  # the rule decides something
     words = shlex.split(allocate_command(options, setting))
     assert words[0] == "mxq"
     done = CliRunner().invoke(app, words[1:])
     assert done.exit_code == 0, done.output
-    assert work.allocation().schemes == shown.schemes
+    written = work.allocation()
+    assert written.schemes == shown.schemes
+    assert (written.engine, written.tensor_parallel) == (options.engine, options.tensor_parallel)
+
+
+def test_the_command_says_over_how_many_ranks():
+    options = ask("bits=6&engine=vllm&tp=4")
+    assert (options.engine, options.tensor_parallel) == ("vllm", 4)
+    assert "--engine vllm --tp 4 " in allocate_command(options, HERE)
 
 
 def test_facts_of_a_plan_add_up(tmp_path):

@@ -59,7 +59,7 @@ function listen() {
     change();
   });
   for (const id of ["granularity", "engine", "tie-gate-up"]) element(id).addEventListener("change", change);
-  for (const id of ["floor-bits", "max-latency"]) element(id).addEventListener("input", change);
+  for (const id of ["floor-bits", "max-latency", "tp"]) element(id).addEventListener("input", change);
   for (const id of ["view", "sort"]) element(id).addEventListener("change", drawShownMap);
   element("copy").addEventListener("click", copyCommand);
   element("theme").addEventListener("click", toggleTheme);
@@ -119,6 +119,11 @@ function askNow() {
 
 /** The question that the controls ask; null where a number is not one, which is said. */
 function readControls() {
+  const ranks = element("tp").value.trim();
+  if (!/^([1-9]\d{0,5})?$/.test(ranks)) {
+    say(`"${ranks}" is not a number of ranks.`);
+    return null;
+  }
   const numbers = {};
   for (const id of ["bits", "floor-bits", "max-latency"]) {
     const text = element(id).value.trim().replace(",", ".");
@@ -136,6 +141,7 @@ function readControls() {
   }
   const rules = {
     engine: element("engine").value,
+    tp: element("engine").value === "" || ranks === "1" ? "" : ranks,
     granularity: element("granularity").value === "block" ? "" : element("granularity").value,
     "tie-gate-up": element("tie-gate-up").checked ? "1" : "",
     "floor-bits": numbers["floor-bits"],
@@ -154,7 +160,7 @@ function readAddress() {
   if (element("granularity").value === "") element("granularity").value = "block";
   element("engine").value = asked.get("engine") ?? "";
   element("tie-gate-up").checked = asked.get("tie-gate-up") === "1";
-  for (const id of ["floor-bits", "max-latency"]) element(id).value = asked.get(id) ?? "";
+  for (const id of ["floor-bits", "max-latency", "tp"]) element(id).value = asked.get(id) ?? "";
 }
 
 /** The query of a question; one budget has one spelling, so that no answer is asked for twice. */
@@ -302,7 +308,7 @@ function showCurve() {
 
 function spokenRules(series) {
   return [...new URLSearchParams(series)]
-    .map(([name, value]) => ({ granularity: value, "tie-gate-up": "gate = up" })[name] ?? `${name} ${value}`)
+    .map(([name, value]) => ({ granularity: value, engine: value, "tie-gate-up": "gate = up" })[name] ?? `${name} ${value}`)
     .join(", ");
 }
 
