@@ -99,6 +99,20 @@ class Allocation:
 
 
 @dataclass(frozen=True, slots=True)
+class MeasuredLayers:
+    """What each layer of a plan costs by itself, measured on held-out text.
+
+    ``kl`` is KL(original || original with that one layer quantized) by layer, in nats per token
+    over ``tokens`` positions. ``plan`` is the digest of the plan.
+    """
+
+    tokens: int
+    kl: tuple[float, ...]
+    plan: str
+    provenance: Provenance
+
+
+@dataclass(frozen=True, slots=True)
 class KernelCase:
     """A launch of a kernel with one format: ``experts`` products of ``tokens`` tokens each.
 

@@ -46,6 +46,10 @@ MaxLatency = Annotated[
 WorkOption = Annotated[
     Path | None, typer.Option("--work", help="Folder of the stages' results; default OUTPUT/work.")
 ]
+Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint that mxq wrote.")]
+CheckpointWork = Annotated[
+    Path | None, typer.Option("--work", help="Work folder of its run; default FOLDER/work.")
+]
 Overwrite = Annotated[bool, typer.Option(help="Replace a checkpoint that --output holds.")]
 Guard = Annotated[
     bool, typer.Option(help="Pack the uniform plan too and write the better of the two.")

@@ -1,15 +1,16 @@
 """Stages 3 and 4: the price of every block under every scheme, and the plan that fits a budget."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 from mxq.artifacts import Allocation, Provenance, SensitivityTable
 from mxq.checkpoint.size import block_budget
 from mxq.config import AllocateOptions
+from mxq.json_values import decode
 from mxq.latency import load_pricing
 from mxq.models.adapter import ModelAdapter
 from mxq.search.allocate import allocate, best_uniform, uniform
-from mxq.storage import digest_of, to_text
+from mxq.storage import digest_of, load_artifact, to_text
 from mxq.workspace import Workspace, make_provenance
 
 
@@ -27,15 +28,7 @@ def run_allocate(
     """Stages 3 and 4, kept too: a solver that ran into its time limit need not give it again."""
 
     def make() -> _Plans:
-        asked = {name: value for name, value in asdict(options).items() if name != "profiles"}
-        if options.device is not None:
-            asked["prices"] = digest_of(repr(load_pricing(options.device, options.profiles)))
-        made_from = table.provenance
-        provenance = make_provenance(
-            made_from.model_digest,
-            made_from.calibration_digest,
-            {**asked, "table": digest_of(to_text(table))},
-        )
+        provenance = _made_from(table, options)
         solved = work.cached("plans", _Plans, provenance)
         if solved is None:
             solved = _Plans(plan(table, options, adapter), provenance)
@@ -44,6 +37,39 @@ def run_allocate(
         return solved
 
     return dict(work.team.from_lead(_Plans, make).plans)
+
+
+def keep_plans(
+    work: Workspace,
+    table: SensitivityTable,
+    options: AllocateOptions,
+    plans: Mapping[str, Allocation],
+) -> None:
+    """Write plans that were solved anew, with the options that they answer."""
+    work.save("plans", _Plans(plans, _made_from(table, options)))
+    work.save("allocation", plans["plan"])
+
+
+def options_of(work: Workspace, plan: Allocation) -> AllocateOptions | None:
+    """The options that a plan of the work folder answers; None if nothing there tells."""
+    try:
+        solved = load_artifact(work.path("plans"), _Plans)
+        asked = {f.name: solved.provenance.settings.get(f.name) for f in fields(AllocateOptions)}
+        options = decode(AllocateOptions, asked)
+    except ValueError:  # absent, or of another version
+        return None
+    return options if solved.plans.get("plan") == plan else None
+
+
+def _made_from(table: SensitivityTable, options: AllocateOptions) -> Provenance:
+    asked = {name: value for name, value in asdict(options).items() if name != "profiles"}
+    if options.device is not None:
+        asked["prices"] = digest_of(repr(load_pricing(options.device, options.profiles)))
+    return make_provenance(
+        table.provenance.model_digest,
+        table.provenance.calibration_digest,
+        {**asked, "table": digest_of(to_text(table))},
+    )
 
 
 def plan(

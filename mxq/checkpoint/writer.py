@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mxq.checkpoint.format import GUARD, CheckpointPlan
+from mxq.models.files import tensor_lengths
 from mxq.models.source import file_digest
 from mxq.scheme import Scheme
 from mxq.storage import remove_temporaries, write_atomically, write_whole
@@ -68,7 +69,7 @@ class CheckpointWriter:
         plan = CheckpointPlan(linears, experts, rotated, dict(sorted(self._digests.items())))
         total_bytes, weight_map = 0, {}
         for file in self._digests:
-            for key, length in _lengths(self.folder / file).items():
+            for key, length in tensor_lengths(self.folder / file).items():
                 weight_map[key] = file
                 total_bytes += length
         index = {
@@ -90,16 +91,6 @@ class CheckpointWriter:
 def shard_file(name: str) -> str:
     """File name of the shard of that name."""
     return f"model-{name}.safetensors"
-
-
-def _lengths(path: Path) -> dict[str, int]:
-    """Bytes of each tensor of a shard, from its header."""
-    with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    del header["__metadata__"]
-    return {
-        key: entry["data_offsets"][1] - entry["data_offsets"][0] for key, entry in header.items()
-    }
 
 
 def _read_config(source: Path) -> dict[str, Any]:

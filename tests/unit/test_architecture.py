@@ -46,7 +46,7 @@ LEVELS = {
     "checkpoint": 3,
     "evaluation": 3,
     "profiling": 3,
-    "report": 3,
+    "report": 6,
     "heldout": 4,
     "progress": 4,
     "choices": 5,
@@ -61,11 +61,12 @@ LEVELS = {
     "pipeline": 7,
     "latency_tables": 9,
     "tables": 8,
-    "cli": 10,
-    "cli_checkpoint": 9,
+    "cli": 11,
+    "cli_checkpoint": 10,
     "cli_options": 1,
     "cli_runs": 9,
-    "__main__": 11,
+    "report_tables": 9,
+    "__main__": 12,
 }
 
 FILE_LINES_LIMIT = 400
