@@ -149,7 +149,7 @@ def gather(
         plan=plan,
         record=record,
         findings=_findings(folder / "mxq_report.json", record),
-        cells=_cells(plan, table),
+        cells=make_cells(plan, table),
         model_type=str(read_json(folder / "config.json").get("model_type")),
         origin=_origin(folder, notes),
         table=table,
@@ -212,7 +212,8 @@ def _origin(folder: Path, notes: list[str]) -> Origin | None:
     return load_artifact(folder / ORIGIN, Origin)
 
 
-def _cells(plan: Allocation, table: SensitivityTable | None) -> tuple[Cell, ...]:
+def make_cells(plan: Allocation, table: SensitivityTable | None) -> tuple[Cell, ...]:
+    """A cell for each block, in the order of the table, or of the plan where there is none."""
     if table is None:
         return tuple(_named_cell(name, scheme) for name, scheme in plan.schemes.items())
     place = {scheme: column for column, scheme in enumerate(table.schemes)}

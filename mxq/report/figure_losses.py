@@ -12,6 +12,9 @@ from mxq.report.facts import Facts
 from mxq.report.figure_parts import base, by_layer, log_range, stack
 from mxq.report.times import Times
 
+MOST_NAMED = 40
+"""Points up to which each has its name beside it."""
+
 
 def loss_against_bytes(curve: Curve) -> go.Figure:
     """Predicted loss of uniform plans, of neighbours and of this plan against their bytes."""
@@ -79,7 +82,7 @@ def predicted_against_measured(facts: Facts) -> go.Figure | None:
         x=[x for _, x, _ in shown],
         y=[y for _, _, y in shown],
         text=[str(layer) for layer, _, _ in shown],
-        mode="markers+text",
+        mode="markers+text" if len(shown) <= MOST_NAMED else "markers",
         textposition="top center",
         textfont={"size": 11, "color": palette.MUTED},
         marker={"size": 10, "color": palette.MEASURED},
@@ -91,7 +94,8 @@ def predicted_against_measured(facts: Facts) -> go.Figure | None:
     figure.update_xaxes(title_text=f"predicted, {escape(facts.table.unit)}")
     figure.update_yaxes(title_text="measured KL, nats per token")
     for update in (figure.update_xaxes, figure.update_yaxes):
-        update(type="log", range=ends, exponentformat="power")
+        update(type="log", range=ends, exponentformat="power", dtick=1, constrain="domain")
+    figure.update_yaxes(scaleanchor="x")  # the diagonal is one
     return figure.update_layout(showlegend=False)
 
 

@@ -74,7 +74,7 @@ def use_of_experts(profile: ActivationStats) -> go.Figure | None:
     _label(figure, "expert", "layer")
     figure.update_yaxes(type="category")
     ticks = {-3.0: "1/8", -2.0: "1/4", -1.0: "1/2", 0.0: "fair", 1.0: "2x", 2.0: "4x", 3.0: "8x"}
-    axis = colour_axis(palette.LOAD, (-3, 3), ticks, "share of tokens")
+    axis = colour_axis(palette.LOAD, (-3, 3), ticks)
     return figure.update_layout(coloraxis=axis)
 
 
@@ -111,7 +111,7 @@ def _bits_axis(facts: Facts) -> dict[str, object]:
     ticks = {float(tick): str(tick) for tick in range(math.ceil(low), math.floor(high) + 1)}
     if max(found) > high:
         ticks[high] = f"{high:g} and more"
-    return colour_axis(palette.BITS, (low, high), ticks, "bits per weight")
+    return colour_axis(palette.BITS, (low, high), ticks)
 
 
 def _label(figure: go.Figure, x: str, y: str) -> None:

@@ -20,7 +20,7 @@ WIDE = 40
 WORDY = 12
 """Columns up to which cells of a heat map have room for a number."""
 
-TITLE_PX, AXIS_PX, BAR_PX = 34, 54, 52
+TITLE_PX, AXIS_PX, BAR_PX = 34, 54, 30
 
 Item = TypeVar("Item")
 
@@ -53,8 +53,12 @@ def base(figure: go.Figure, height: int) -> go.Figure:
     )
     line = {"gridcolor": palette.LINE, "linecolor": palette.LINE, "zerolinecolor": palette.LINE}
     title = {"font": {"size": 13, "color": palette.MUTED}, "standoff": 8}
-    figure.update_xaxes(**line, title=title, tickfont={"color": palette.MUTED}, fixedrange=True)
-    figure.update_yaxes(**line, title=title, tickfont={"color": palette.MUTED}, fixedrange=True)
+    figure.update_xaxes(
+        **line, title=title, tickfont={"color": palette.MUTED, "size": 12}, fixedrange=True
+    )
+    figure.update_yaxes(
+        **line, title=title, tickfont={"color": palette.MUTED, "size": 12}, fixedrange=True
+    )
     figure.update_yaxes(automargin=True)
     return figure
 
@@ -79,6 +83,8 @@ def panels(titles: Sequence[str], columns: int, rows: int) -> go.Figure:
     figure.update_annotations(font={"size": 13, "color": palette.INK})
     figure.update_xaxes(showgrid=False, zeroline=False, dtick=step(columns))
     figure.update_yaxes(showgrid=False, zeroline=False, autorange="reversed")
+    for number in range(len(titles) - beside, len(titles)):  # nothing is below these
+        figure.update_xaxes(showticklabels=True, row=number // beside + 1, col=number % beside + 1)
     return figure
 
 
@@ -116,7 +122,7 @@ def heat_map(
 
 
 def colour_axis(
-    colours: tuple[str, ...], ends: tuple[float, float], ticks: Mapping[float, str], title: str
+    colours: tuple[str, ...], ends: tuple[float, float], ticks: Mapping[float, str]
 ) -> dict[str, Any]:
     """The layout of a colour axis with its bar."""
     return {
@@ -124,11 +130,16 @@ def colour_axis(
         "cmin": ends[0],
         "cmax": ends[1],
         "colorbar": {
-            "title": {"text": title, "side": "top", "font": {"color": palette.MUTED, "size": 12}},
             "orientation": "h",
             "yref": "container",
-            "x": 1, "xanchor": "right", "y": 1, "yanchor": "top",
-            "len": 300, "lenmode": "pixels", "ypad": 0, "xpad": 0,
+            "x": 1,
+            "xanchor": "right",
+            "y": 1,
+            "yanchor": "top",
+            "len": 300,
+            "lenmode": "pixels",
+            "ypad": 0,
+            "xpad": 0,
             "tickvals": list(ticks),
             "ticktext": list(ticks.values()),
             "tickfont": {"color": palette.MUTED, "size": 11},
@@ -172,8 +183,10 @@ def stack(
 def by_layer(figure: go.Figure, layers: Sequence[int], height: int = 360) -> go.Figure:
     """Lay out a figure of bars by layer."""
     base(figure, height)
-    figure.update_layout(barmode="stack", bargap=0.35 if len(layers) < WIDE else 0.1)
+    figure.update_layout(barmode="stack", bargap=max(0.1, 0.7 - 0.04 * len(layers)))
+    figure.update_layout(legend_traceorder="normal")
     figure.update_xaxes(title_text="layer", dtick=step(len(layers)), showgrid=False)
+    figure.update_xaxes(range=[min(layers) - 0.6, max(layers) + 0.6])
     return figure
 
 

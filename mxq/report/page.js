@@ -4,7 +4,7 @@
 const root = document.documentElement;
 const button = document.getElementById("theme");
 const darkOf = JSON.parse(document.getElementById("dark-of").textContent);
-const PRINTED_PX = 680; // of a page of A4 or letter without its margins
+const PRINTED_PX = 640; // of a page of A4 or letter without its margins
 
 let figures = {};
 

@@ -22,8 +22,8 @@ MEASURED = "#0a7d64"
 BITS = ("#f7eda6", "#d6ce78", "#a9a877", "#7f8682", "#596780", "#2f4a7d", "#05255c")
 """Few bits to many."""
 
-LOAD = ("#8a4f08", "#c98a3a", "#ecd0a4", "#f4f4f2", "#c9bfe2", "#8f7fc0", "#4a2f8f")
-"""Less than a fair share, a fair share, more."""
+LOAD = ("#f3f1f8", "#dcd5ee", "#c0b4e0", "#a08fcf", "#7f68bb", "#5d419f", "#3a1d7c")
+"""Less than a fair share, a fair share in the middle, more."""
 
 KINDS = ("#2b6cb8", "#d98218", "#23907a", "#a8467f", "#6b7a1f", "#7a5bb5", "#b0392c", "#4d8fa6")
 """Projections beside each other."""
@@ -48,7 +48,7 @@ DARK_OF: Mapping[str, str] = {
     **dict(
         zip(
             LOAD,
-            ("#f2ab4e", "#b97b33", "#6b4d29", "#2a313b", "#453c6b", "#7866b8", "#b3a0f5"),
+            ("#1e222e", "#332f4f", "#4b4372", "#675a98", "#877abd", "#ac9fe0", "#d8ccff"),
             strict=True,
         )
     ),

@@ -93,9 +93,11 @@ def _bits(facts: Facts) -> Section:
     words = "Stored bits of each weight matrix, scales and zero points included."
     if facts.table is None:
         words = "Bits of the codes of each weight matrix; its scales are not counted here."
+    experts = bits_of_experts(facts)
+    linears = "linears" if experts is None else "other linears"
     found = [
-        ("experts-bits", "Routed experts", bits_of_experts(facts)),
-        ("linears-bits", "Other linears", bits_of_linears(facts)),
+        ("experts-bits", "Bits per weight of routed experts", experts),
+        ("linears-bits", f"Bits per weight of {linears}", bits_of_linears(facts)),
     ]
     rows = tuple(
         (
@@ -151,10 +153,16 @@ def _experts(facts: Facts) -> Section:
     if figure is None:
         return Section("experts", "Experts", title, ("This model has no routed experts.",))
     words = (
-        f"Tokens that the routers sent to each expert, over an equal split, by domain of the "
+        f"Tokens that the routers sent to each expert, by domain of the "
         f"{facts.profile.total_tokens:,} calibration tokens."
     )
-    return Section("experts", "Experts", title, (words,), (Plot("experts-plot", "", figure),))
+    return Section(
+        "experts",
+        "Experts",
+        title,
+        (words,),
+        (Plot("experts-plot", "Tokens over an equal split", figure),),
+    )
 
 
 def _times(times: Times | str) -> Section:

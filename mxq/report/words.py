@@ -129,7 +129,7 @@ def cold_experts(profile: ActivationStats) -> list[str]:
     if not profile.cold:
         return []
     return [
-        f"{len(profile.cold)} experts got fewer than {profile.floor} calibration tokens (e.g. "
+        f"{_experts(len(profile.cold))} got fewer than {profile.floor} calibration tokens (e.g. "
         f"{profile.cold[0]}); they lean on their layer's mean inputs. More or more varied "
         "calibration text helps."
     ]
@@ -140,7 +140,7 @@ def unrouted_experts(unrouted: Sequence[str]) -> list[str]:
     if not unrouted:
         return []
     return [
-        f"{len(unrouted)} experts got no token at all (e.g. {unrouted[0]}): gate and up were "
+        f"{_experts(len(unrouted))} got no token at all (e.g. {unrouted[0]}): gate and up were "
         "fitted to the layer's mean inputs, down was rounded to nearest."
     ]
 
@@ -227,11 +227,16 @@ def kl_text(kl: float) -> str:
     return f"{kl:.1e}" if 0 < abs(kl) < LOWEST_KL else f"{kl:.5f}"
 
 
+def _experts(count: int) -> str:
+    return "1 expert" if count == 1 else f"{count:,} experts"
+
+
 def _size_remark(facts: Facts) -> str:
     if facts.origin is None:
         return "size of the original not known"
     ratio = facts.origin.original_bytes / facts.tensor_bytes
-    return f"{ratio:.2f}x smaller than the original, {byte_count(facts.origin.original_bytes)}"
+    original = byte_count(facts.origin.original_bytes)
+    return f"the original is {ratio:.2f} times as large, {original}"
 
 
 def _original_size(facts: Facts) -> str:
