@@ -340,12 +340,6 @@ def pack(
     shared(run)
 
 
-@app.command()
-def inspect(folder: Annotated[Path, typer.Argument(help="A checkpoint or a work folder.")]) -> None:
-    """Show the plan of a checkpoint, or what a work folder holds."""
-    guarded(lambda: tables.show_folder(folder))
-
-
 def main() -> None:
     """Entry point of the ``mxq`` command."""
     app()

@@ -29,6 +29,9 @@ from mxq.models.lockstep import (
 from mxq.models.source import ModelSource
 from mxq.models.sweep import OnProgress
 
+FEW_TOKENS = 2000
+"""Held-out tokens below which the measured losses come with a warning."""
+
 
 @dataclass(frozen=True, slots=True)
 class MeasuredLoss:

@@ -30,7 +30,7 @@ from mxq.latency import LatencyReport, latency_report, load_pricing
 from mxq.models.adapter import ModelAdapter
 from mxq.models.source import open_source
 from mxq.models.sweep import make_batches
-from mxq.planning import plan, run_allocate
+from mxq.planning import keep_plans, options_of, plan, run_allocate
 from mxq.preflight import check_request, check_writable
 from mxq.profiling.activation import (
     ActivationStats,
@@ -44,6 +44,8 @@ from mxq.profiling.losses import LayerLosses, MeasureSettings
 from mxq.profiling.measure import Sharing, measure
 from mxq.progress import Report
 from mxq.publish import check_apart, check_known, check_output, engine_settings, find_record
+from mxq.report.card import write_card
+from mxq.report.origin import make_origin
 from mxq.resources import Announce, check_quantize
 from mxq.search.allocate import check_solved_on
 from mxq.workspace import (
@@ -104,7 +106,12 @@ def run_quantize(
         if not options.output.guard:
             plans = {"plan": plans["plan"]}
         finish = Finish(work, adapter, tokens, profile, table, measured, options.output, choices)
-        return pack_and_choose(finish, plans, report)
+        result = pack_and_choose(finish, plans, report)
+        if work.team.leads:
+            guard = options.output.guard
+            origin = make_origin(adapter, work.settings(), options.allocate, guard=guard)
+            write_card(result.folder, work.folder, origin)
+        return result
 
 
 def _check(
@@ -145,7 +152,7 @@ def plan_again(work: Workspace, options: AllocateOptions) -> dict[str, Allocatio
     adapter = None if options.size_bytes is None else open_adapter(work.settings().model)
     plans = plan(table, options, adapter)
     with work.locked():
-        work.save("allocation", plans["plan"])
+        keep_plans(work, table, options, plans)
     return plans
 
 
@@ -180,7 +187,12 @@ def pack_again(
             check(adapter, tokens, found.allocation.bits_per_weight, work.folder)
         measured = found.settings.measure
         finish = Finish(work, adapter, tokens, profile, found.table, measured, output, choices)
-        return pack_and_choose(finish, {"plan": found.allocation}, report)
+        result = pack_and_choose(finish, {"plan": found.allocation}, report)
+        if team.leads:
+            asked = options_of(work, found.allocation)
+            origin = make_origin(adapter, found.settings, asked, guard=False)
+            write_card(result.folder, work.folder, origin)
+        return result
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,7 @@ LEVELS = {
     "stored_modules": 3,
     "evaluation": 3,
     "profiling": 3,
-    "report": 3,
+    "report": 6,
     "heldout": 4,
     "progress": 4,
     "choices": 5,
@@ -72,6 +72,7 @@ LEVELS = {
     "cli_checkpoint": 10,
     "cli_options": 1,
     "cli_runs": 9,
+    "report_tables": 9,
     "__main__": 12,
 }
 
