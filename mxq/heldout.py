@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from mxq.checkpoint.stream import open_packed, share_equal
-from mxq.evaluation import compare_logits
 from mxq.models.activations import ActivationStore
 from mxq.models.adapter import ModelAdapter
 from mxq.models.lockstep import LayerCall, OnLayer, Track, run_calls, run_side_by_side
 from mxq.models.source import ModelSource
 from mxq.models.sweep import OnProgress
+from mxq.scoring import compare_logits
 
 
 @dataclass(frozen=True, slots=True)
