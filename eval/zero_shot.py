@@ -11,15 +11,14 @@ Differences between models are taken question by question; docs/evaluating.md sa
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.table import Table
 
 import mxq  # noqa: F401  (registers the checkpoint format)
-from mxq.evaluation.demo_tasks import demo_names
+from mxq.evaluation.loading import find_baseline
+from mxq.evaluation.options import add_common_options, add_task_options, task_options
 from mxq.evaluation.output import (
     Report,
-    add_common_options,
     as_json,
     interval_caption,
     interval_cell,
@@ -28,15 +27,7 @@ from mxq.evaluation.output import (
     run_script,
     versions,
 )
-from mxq.evaluation.tasks import (
-    ModelTasks,
-    TaskOptions,
-    difference_cell,
-    measure_tasks,
-    parse_batch,
-    parse_names,
-    prepared_tasks,
-)
+from mxq.evaluation.tasks import ModelTasks, difference_cell, measure_tasks, prepared_tasks
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,13 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Accuracy of causal language models on tasks.")
     add_common_options(parser)
-    names = ", ".join(demo_names())
-    parser.add_argument("--tasks", required=True, help=f"names, separated by commas; also {names}")
-    parser.add_argument("--task-path", type=Path, help="folder with .yaml tasks of your own")
-    parser.add_argument(
-        "--shots", type=int, help="examples before each question (what the task says, mostly 0)"
-    )
-    parser.add_argument("--limit", type=int, help="no more than this many questions of each task")
+    add_task_options(parser, required=True)
     parser.add_argument(
         "--batch", default="1", help="sequences at a time (1), or auto: what the GPU holds"
     )
@@ -61,34 +46,28 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _evaluate(arguments: argparse.Namespace) -> tuple[Report, Sequence[Table]]:
-    options = TaskOptions(
-        names=parse_names(arguments.tasks),
-        folder=arguments.task_path,
-        shots=arguments.shots,
-        limit=arguments.limit,
-        batch=parse_batch(arguments.batch),
-        device=arguments.device,
-        confidence=arguments.confidence,
-    )
+    options = task_options(arguments)
+    baseline = find_baseline(arguments.models, arguments.baseline)
     with prepared_tasks(arguments.models, options) as manager:
-        found = measure_tasks(arguments.models, manager, options)
+        found = measure_tasks(arguments.models, manager, options, baseline=baseline)
     report: Report = {
         "limit": options.limit,
+        "baseline": arguments.models[baseline],
         **interval_facts(options.confidence),
         "models": [as_json(results) for results in found],
         "versions": versions("lm_eval"),
     }
-    return report, _tables(found, options.confidence)
+    return report, _tables(found, baseline, options.confidence)
 
 
-def _tables(found: Sequence[ModelTasks], confidence: float) -> Sequence[Table]:
-    """Metrics of each task and model, and differences to the first model."""
+def _tables(found: Sequence[ModelTasks], baseline: int, confidence: float) -> Sequence[Table]:
+    """Metrics of each task and model, and differences to the baseline."""
     tasks = found[0].tasks
     metrics = list(dict.fromkeys(metric for task in tasks.values() for metric in task.metrics))
     caption = interval_caption(confidence, [task.n for task in tasks.values()], "questions")
     means = make_table("Tasks", ("task", "model"), ["shots", "questions", *metrics], caption)
     apart = make_table(
-        f"Paired differences to {found[0].model} +- standard error (questions gained, lost)",
+        f"Paired differences to {found[baseline].model} +- standard error (questions gained, lost)",
         ("task", "model"),
         metrics,
     )
@@ -100,7 +79,8 @@ def _tables(found: Sequence[ModelTasks], confidence: float) -> Sequence[Table]:
             means.add_row("" if number else name, results.model, shots, f"{task.n:,}", *cells)
             if task.differences is not None:
                 cells = [difference_cell(task.differences.get(metric)) for metric in metrics]
-                apart.add_row("" if number > 1 else name, results.model, *cells)
+                is_first = number == int(baseline == 0)
+                apart.add_row(name if is_first else "", results.model, *cells)
     return (means, apart) if len(found) > 1 else (means,)
 
 

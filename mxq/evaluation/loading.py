@@ -113,3 +113,14 @@ def require_same_vocabulary(
             f"{names[0]} and {names[1]} have other vocabularies ({len(ours)} and {len(theirs)} "
             f"tokens, {different} entries differ); the reference must be a model of the same tokens"
         )
+
+
+def find_baseline(names: Sequence[str], asked: str | None) -> int:
+    """The place of the model that differences are to: the first unless another is asked for.
+
+    Raises:
+        ValueError: If it is none of the models.
+    """
+    if asked is not None and asked not in names:
+        raise ValueError(f"baseline {asked} is none of the models; choose {', '.join(names)}")
+    return 0 if asked is None else names.index(asked)

@@ -28,8 +28,8 @@ class Loss:
 
     ``nll`` is in nats per token and ``perplexity`` its exp. ``kl`` is KL(reference || model) in
     nats per token and ``flips`` the share of positions where the two hold another token for the
-    likeliest; both are None without a reference. ``difference`` is to the first model, and None
-    for that one.
+    likeliest; both are None without a reference. ``difference`` is to the baseline, and None for
+    that one.
     """
 
     tokens: int
@@ -50,11 +50,11 @@ class ModelLosses:
     domains: Mapping[str, Loss]
 
 
-def model_losses(name: str, ours: Scores, first: Scores | None, confidence: float) -> ModelLosses:
-    """What the scores of a model say, also beside the first model; None for that one itself."""
+def model_losses(name: str, ours: Scores, base: Scores | None, confidence: float) -> ModelLosses:
+    """What the scores of a model say, also beside the baseline's; None for that one itself."""
 
     def over(domains: Sequence[str]) -> Loss:
-        to = None if first is None else [first[domain] for domain in domains]
+        to = None if base is None else [base[domain] for domain in domains]
         return _loss([ours[domain] for domain in domains], to, confidence)
 
     domains = {domain: over([domain]) for domain in ours}

@@ -1,10 +1,10 @@
-"""What the evaluation scripts have in common: options, error lines, result files, table cells."""
+"""What the evaluation scripts print and write: error lines, result files, tables."""
 
 import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,10 +15,18 @@ from rich.progress import track
 from rich.table import Table
 
 from mxq import __version__
+from mxq.evaluation.losses import Loss, ModelLosses
 from mxq.evaluation.statistics import DRAWS, FEW_UNITS, SEED, Estimate
+from mxq.evaluation.texts import Prepared
 
 NARROWEST = 100
-"""Columns to assume where the output is not a terminal."""
+"""Columns to take at least where the output is not a terminal."""
+
+NAME_WIDTH = 8
+"""Columns that the name of a model keeps where a terminal is narrow."""
+
+WIDEST = 1000
+"""Columns that no table needs."""
 
 Report = dict[str, object]
 
@@ -38,21 +46,18 @@ def run_script(
     except (ValueError, OSError) as error:
         sys.stderr.write(f"{name}: {' '.join(str(error).split())}\n")
         return 1
-    console = Console()
-    wide = console if console.is_terminal else Console(width=max(console.width, NARROWEST))
     for table in tables:
-        wide.print(table)
+        _print(table)
     return 0
 
 
-def add_common_options(parser: argparse.ArgumentParser) -> None:
-    """The models, and the options that every script has."""
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="hub id, folder, or demo")
-    parser.add_argument(
-        "--confidence", type=float, default=0.95, help="of the intervals, as a share (0.95)"
-    )
-    parser.add_argument("--device", help="cuda, cuda:1, cpu, auto (a GPU if there is one)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to this file")
+def _print(table: Table) -> None:
+    """Print a table: in a terminal as wide as that, elsewhere as wide as the table likes."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDEST)
+        console = Console(width=max(NARROWEST, console.measure(table).maximum))
+    console.print(table)
 
 
 def require_folder_of(path: Path | None) -> None:
@@ -85,6 +90,25 @@ def interval_facts(confidence: float) -> Report:
     return {"confidence": confidence, "draws": DRAWS, "seed": SEED}
 
 
+def text_facts(prepared: Prepared) -> Report:
+    """What models were scored on, for their result."""
+    return {
+        "text": prepared.options.text,
+        "window": prepared.window,
+        "limit": prepared.options.limit,
+        "reference": prepared.reference,
+        "baseline": prepared.names[prepared.baseline],
+        **interval_facts(prepared.options.confidence),
+    }
+
+
+def losses_report(losses: ModelLosses) -> Report:
+    """The losses of a model over all texts, and those of each under ``domains``."""
+    overall = as_json(losses.overall)
+    assert isinstance(overall, dict)
+    return {**overall, "domains": as_json(losses.domains)}
+
+
 def as_json(value: object) -> object:
     """Dataclasses as objects, without what is absent; an Estimate keeps what it does not know."""
     if is_dataclass(value) and not isinstance(value, type):
@@ -102,9 +126,9 @@ def make_table(
     """An empty table: columns of names, then columns of numbers."""
     table = Table(title=title, caption=caption or None, caption_justify="left")
     for name in names:
-        table.add_column(name, overflow="fold")
+        table.add_column(name, overflow="fold", min_width=NAME_WIDTH)
     for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column, justify="right")
     return table
 
 
@@ -123,6 +147,47 @@ def error_cell(found: Estimate | None, form: str) -> str:
         return ""
     error = "?" if found.stderr is None else form.format(found.stderr)
     return f"{'+' if found.value >= 0 else ''}{form.format(found.value)} +- {error}"
+
+
+def loss_cells(loss: Loss) -> list[str]:
+    """Perplexity, KL and flips of a model, each with its interval."""
+    return [
+        interval_cell(loss.perplexity, "{:.4f}"),
+        interval_cell(loss.kl, "{:.6f}"),
+        interval_cell(loss.flips, "{:.2%}"),
+    ]
+
+
+def difference_cells(loss: Loss) -> list[str]:
+    """Differences to the baseline in nats, perplexity, KL and flips; empty for the baseline."""
+    apart = loss.difference
+    if apart is None:
+        return [""] * 4
+    percent = replace(apart.perplexity_ratio, value=apart.perplexity_ratio.value - 1)
+    return [
+        error_cell(apart.nll, "{:.4f}"),
+        error_cell(percent, "{:.2%}"),
+        error_cell(apart.kl, "{:.6f}"),
+        error_cell(apart.flips, "{:.2%}"),
+    ]
+
+
+def text_title(prepared: Prepared, found: Sequence[ModelLosses]) -> str:
+    """What was scored, over a table."""
+    tokens = found[0].overall.tokens
+    return f"{prepared.options.text}: {tokens:,} tokens in windows of {prepared.window:,}"
+
+
+def text_caption(prepared: Prepared, found: Sequence[ModelLosses]) -> str:
+    """What intervals and distances in a table of losses are."""
+    windows = [loss.windows for loss in found[0].domains.values()]
+    said = interval_caption(prepared.options.confidence, windows, "windows")
+    if prepared.reference is None:
+        return said
+    return (
+        f"{said} KL: KL({prepared.reference} || model) in nats per token. Flips: positions where "
+        "the likeliest token is another one."
+    )
 
 
 def interval_caption(confidence: float, units: Sequence[int], kind: str) -> str:

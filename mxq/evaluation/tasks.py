@@ -66,9 +66,9 @@ class TaskOptions:
 
 @dataclass(frozen=True, slots=True)
 class TaskDifference:
-    """Of a metric to the first model, over the same questions.
+    """Of a metric to the baseline, over the same questions.
 
-    ``gained`` and ``lost`` count the questions that only this model or only the first one answers
+    ``gained`` and ``lost`` count the questions that only this model or only the baseline answers
     right; None where a question has no right or wrong.
     """
 
@@ -81,7 +81,7 @@ class TaskDifference:
 class TaskResult:
     """Metrics of a task by name, over ``n`` questions with ``shots`` examples before each.
 
-    ``differences`` are to the first model, by metric, and None for that one itself.
+    ``differences`` are to the baseline, by metric, and None for that one itself.
     """
 
     n: int
@@ -134,9 +134,9 @@ def prepared_tasks(models: Sequence[str], options: TaskOptions) -> Iterator[obje
 
 
 def measure_tasks(
-    models: Sequence[str], manager: object, options: TaskOptions
+    models: Sequence[str], manager: object, options: TaskOptions, *, baseline: int = 0
 ) -> tuple[ModelTasks, ...]:
-    """The results of every model, in order; differences are to the first.
+    """The results of every model, in order; differences are to that of the place ``baseline``.
 
     Raises:
         ValueError: If a model cannot be loaded.
@@ -146,12 +146,14 @@ def measure_tasks(
     for name in models:
         if resolve(name) not in found:
             found[resolve(name)] = ask(name, manager, request)
-    first = found[resolve(models[0])]
+    base = found[resolve(models[baseline])]
     return tuple(
         ModelTasks(
             name,
             {
-                task: _result(answers, first[task] if number else None, options.confidence)
+                task: _result(
+                    answers, None if number == baseline else base[task], options.confidence
+                )
                 for task, answers in found[resolve(name)].items()
             },
         )
@@ -167,26 +169,26 @@ def difference_cell(apart: TaskDifference | None) -> str:
     return f"{error_cell(apart.difference, '{:.4f}')}{counts}"
 
 
-def _result(ours: Answers, first: Answers | None, confidence: float) -> TaskResult:
+def _result(ours: Answers, base: Answers | None, confidence: float) -> TaskResult:
     metrics = {
         metric: estimate(ours.questions[metric], confidence)[0]
         if metric in ours.questions
         else Estimate(*mean)
         for metric, mean in ours.means.items()
     }
-    if first is None:
+    if base is None:
         return TaskResult(ours.n, ours.shots, metrics, None)
-    apart = {metric: _difference(metric, ours, first, confidence) for metric in metrics}
+    apart = {metric: _difference(metric, ours, base, confidence) for metric in metrics}
     return TaskResult(ours.n, ours.shots, metrics, apart)
 
 
-def _difference(metric: str, ours: Answers, first: Answers, confidence: float) -> TaskDifference:
+def _difference(metric: str, ours: Answers, base: Answers, confidence: float) -> TaskDifference:
     """Of one metric; without a standard error where it is no mean over questions."""
-    if metric not in ours.questions or metric not in first.questions:
-        return TaskDifference(Estimate(ours.means[metric][0] - first.means[metric][0]), None, None)
-    apart = difference(ours.questions[metric], first.questions[metric])
+    if metric not in ours.questions or metric not in base.questions:
+        return TaskDifference(Estimate(ours.means[metric][0] - base.means[metric][0]), None, None)
+    apart = difference(ours.questions[metric], base.questions[metric])
     (found,) = estimate(apart, confidence)
-    if not all(map(_is_right_or_wrong, (*ours.questions[metric], *first.questions[metric]))):
+    if not all(map(_is_right_or_wrong, (*ours.questions[metric], *base.questions[metric]))):
         return TaskDifference(found, None, None)
     gained = sum(int((stratum.sums_QU > 0).sum()) for stratum in apart)
     lost = sum(int((stratum.sums_QU < 0).sum()) for stratum in apart)

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mxq.evaluation.domains import encode_texts, read_texts
-from mxq.evaluation.loading import known_positions, load_model, resolve
+from mxq.evaluation.loading import find_baseline, known_positions, load_model, resolve
 from mxq.evaluation.losses import ModelLosses, Scores, model_losses
 from mxq.evaluation.reference import KEEP_CHOICES, ReferenceLogits, model_logits
 from mxq.evaluation.statistics import Stratum, require_confidence
@@ -56,13 +56,22 @@ class Prepared:
 
     names: tuple[str, ...]
     reference: str | None
+    baseline: int
     window: int
     batches: tuple[tuple[str, Tensor], ...]
     options: TextOptions
 
 
-def prepare(models: Sequence[str], reference: str | None, options: TextOptions) -> Prepared:
+def prepare(
+    models: Sequence[str],
+    options: TextOptions,
+    *,
+    reference: str | None = None,
+    baseline: str | None = None,
+) -> Prepared:
     """Everything that can be refused before a model is loaded; the reference comes first.
+
+    ``baseline`` is the model that differences are to, None the first.
 
     Raises:
         ValueError: If a text or a tokenizer cannot be read, or the models cannot be compared.
@@ -71,6 +80,7 @@ def prepare(models: Sequence[str], reference: str | None, options: TextOptions) 
     names = list(models)
     if reference is not None:
         names = [reference, *(name for name in names if name != reference)]
+    base = find_baseline(names, baseline)
     window = _window(names, options.window)
     ids = encode_texts(read_texts(options.text), names, options.limit)
     batches = tuple(
@@ -78,7 +88,7 @@ def prepare(models: Sequence[str], reference: str | None, options: TextOptions) 
         for domain, ids_T in ids.items()
         for batch_BT in windows(ids_T, window, options.batch)
     )
-    return Prepared(tuple(names), reference, window, batches, options)
+    return Prepared(tuple(names), reference, base, window, batches, options)
 
 
 def _window(names: Sequence[str], asked: int | None) -> int:
@@ -94,15 +104,20 @@ def _window(names: Sequence[str], asked: int | None) -> int:
 
 
 def measure(prepared: Prepared, watch: Watch) -> tuple[ModelLosses, ...]:
-    """The losses of every model, in order; differences are to the first.
+    """The losses of every model, in order.
 
     Raises:
         ValueError: If a model cannot be loaded, has another vocabulary, or gives no finite logits.
     """
     found = _score_all(prepared, watch)
-    first, confidence = found[resolve(prepared.names[0])], prepared.options.confidence
+    base = found[resolve(prepared.names[prepared.baseline])]
     return tuple(
-        model_losses(name, found[resolve(name)], first if number else None, confidence)
+        model_losses(
+            name,
+            found[resolve(name)],
+            None if number == prepared.baseline else base,
+            prepared.options.confidence,
+        )
         for number, name in enumerate(prepared.names)
     )
 
