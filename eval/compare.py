@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.markup import escape
 from rich.table import Table
 
 import mxq  # noqa: F401  (registers the checkpoint format)
@@ -149,10 +150,10 @@ def _tables(prepared: Prepared, rows: Sequence[Row]) -> Sequence[Table]:
         bits = "?" if weight.bits_per_weight is None else f"{weight.bits_per_weight:.4f}"
         scores = [interval_cell(_accuracy(task)[1], "{:.4f}") for task in row.tasks.values()]
         size = f"{weight.file_bytes / 1e6:,.2f}"
-        means.add_row(row.losses.model, size, bits, *loss_cells(loss), *scores)
+        means.add_row(escape(row.losses.model), size, bits, *loss_cells(loss), *scores)
         if loss.difference is not None:
             changes = [_task_difference(task) for task in row.tasks.values()]
-            apart.add_row(row.losses.model, *difference_cells(loss), *changes)
+            apart.add_row(escape(row.losses.model), *difference_cells(loss), *changes)
     return (means, apart) if len(rows) > 1 else (means,)
 
 

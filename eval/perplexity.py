@@ -12,6 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from rich.markup import escape
 from rich.table import Table
 
 import mxq  # noqa: F401  (registers the checkpoint format)
@@ -79,9 +80,9 @@ def _tables(
         if per_domain:
             rows |= {f"  {domain}": loss for domain, loss in losses.domains.items()}
         for label, loss in rows.items():
-            means.add_row(label, f"{loss.windows:,}", *loss_cells(loss)[: len(columns)])
+            means.add_row(escape(label), f"{loss.windows:,}", *loss_cells(loss)[: len(columns)])
             if loss.difference is not None:
-                apart.add_row(label, *difference_cells(loss)[: len(columns) + 1])
+                apart.add_row(escape(label), *difference_cells(loss)[: len(columns) + 1])
     return (means, apart) if len(found) > 1 else (means,)
 
 

@@ -12,6 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from rich.markup import escape
 from rich.table import Table
 
 import mxq  # noqa: F401  (registers the checkpoint format)
@@ -76,11 +77,12 @@ def _tables(found: Sequence[ModelTasks], baseline: int, confidence: float) -> Se
             task = results.tasks[name]
             shots = "" if task.shots is None else str(task.shots)
             cells = [interval_cell(task.metrics.get(metric), "{:.4f}") for metric in metrics]
-            means.add_row("" if number else name, results.model, shots, f"{task.n:,}", *cells)
+            model = escape(results.model)
+            means.add_row("" if number else escape(name), model, shots, f"{task.n:,}", *cells)
             if task.differences is not None:
                 cells = [difference_cell(task.differences.get(metric)) for metric in metrics]
                 is_first = number == int(baseline == 0)
-                apart.add_row(name if is_first else "", results.model, *cells)
+                apart.add_row(escape(name) if is_first else "", model, *cells)
     return (means, apart) if len(found) > 1 else (means,)
 
 

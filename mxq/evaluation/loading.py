@@ -111,7 +111,7 @@ def require_same_vocabulary(
         different = len(set(ours.items()) ^ set(theirs.items()))
         raise ValueError(
             f"{names[0]} and {names[1]} have other vocabularies ({len(ours)} and {len(theirs)} "
-            f"tokens, {different} entries differ); the reference must be a model of the same tokens"
+            f"tokens, {different} entries differ); only models of the same tokens can be compared"
         )
 
 

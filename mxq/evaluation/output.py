@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import transformers
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
@@ -123,12 +124,13 @@ def as_json(value: object) -> object:
 def make_table(
     title: str, names: Sequence[str], columns: Sequence[str], caption: str = ""
 ) -> Table:
-    """An empty table: columns of names, then columns of numbers."""
-    table = Table(title=title, caption=caption or None, caption_justify="left")
+    """An empty table: columns of names, then columns of numbers; texts are taken literally."""
+    shown = escape(caption) if caption else None
+    table = Table(title=escape(title), caption=shown, caption_justify="left")
     for name in names:
         table.add_column(name, overflow="fold", min_width=NAME_WIDTH)
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(escape(column), justify="right")
     return table
 
 
