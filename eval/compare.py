@@ -41,7 +41,7 @@ from mxq.evaluation.output import (
     versions,
     watch,
 )
-from mxq.evaluation.plot import Point, require_plotly, write_plot
+from mxq.evaluation.plot import DISTANCE, Point, require_plotly, write_plot
 from mxq.evaluation.sizes import Weight, weigh
 from mxq.evaluation.statistics import Estimate
 from mxq.evaluation.tasks import TaskResult, difference_cell, measure_tasks, prepared_tasks
@@ -85,7 +85,9 @@ def _evaluate(arguments: argparse.Namespace) -> tuple[Report, Sequence[Table]]:
     weights = [weigh(name) for name in prepared.names]
     rows = _rows(prepared, weights, arguments)
     if arguments.plot is not None:
-        write_plot(arguments.plot, [_point(row) for row in rows])
+        title = text_title(prepared, [row.losses for row in rows])
+        bars = f"bars: {100 * arguments.confidence:g}% intervals"
+        write_plot(arguments.plot, [_point(row) for row in rows], f"{title}; {bars}")
     report: Report = {
         **text_facts(prepared),
         "models": [_row_report(row) for row in rows],
@@ -122,7 +124,7 @@ def _row_report(row: Row) -> Report:
 
 def _point(row: Row) -> Point:
     loss = row.losses.overall
-    values = {"perplexity": loss.perplexity, "KL to the reference (nats per token)": loss.kl}
+    values = {"perplexity": loss.perplexity, DISTANCE: loss.kl}
     values |= {f"accuracy on {name}": _accuracy(task)[1] for name, task in row.tasks.items()}
     found = {name: value for name, value in values.items() if value is not None}
     return Point(row.losses.model, row.weight.file_bytes, row.weight.bits_per_weight, found)

@@ -73,7 +73,7 @@ def require_folder_of(path: Path | None) -> None:
 
 def watch(title: str, numbers: Sequence[int]) -> Iterable[int]:
     """A progress bar on the error stream."""
-    return track(numbers, title, console=Console(stderr=True), transient=True)
+    return track(numbers, escape(title), console=Console(stderr=True), transient=True)
 
 
 def versions(*packages: str) -> dict[str, str]:

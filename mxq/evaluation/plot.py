@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,9 @@ from mxq.evaluation.statistics import Estimate
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure, Scatter
+
+DISTANCE = "KL to the reference (nats per token, log)"
+"""The panel whose axis is logarithmic."""
 
 PANEL_HEIGHT = 380
 """Pixels of one panel."""
@@ -41,24 +45,33 @@ def require_plotly(path: Path | None) -> None:
         ) from error
 
 
-def write_plot(path: Path, points: Sequence[Point]) -> None:
+def write_plot(path: Path, points: Sequence[Point], title: str) -> None:
     """Write the page; plotly itself is inside it."""
-    draw(points).write_html(path, include_plotlyjs=True, full_html=True)
+    draw(points, title).write_html(path, include_plotlyjs=True, config={"displaylogo": False})
 
 
-def draw(points: Sequence[Point]) -> "Figure":
-    """A panel for each quantity that some point has, all over the size on disk."""
+def draw(points: Sequence[Point], title: str) -> "Figure":
+    """A panel for each quantity that some point has, all over the size on disk.
+
+    A distance to the reference has a logarithmic axis, on which the reference has no place.
+    """
     from plotly.subplots import make_subplots
 
     names = list(dict.fromkeys(name for point in points for name in point.values))
     figure = make_subplots(rows=len(names), cols=1, subplot_titles=names, vertical_spacing=0.12)
     for row, name in enumerate(names, start=1):
+        is_distance = name == DISTANCE
         for color, point in enumerate(points):
-            if name in point.values:
+            if name in point.values and not (is_distance and point.values[name].value <= 0):
                 figure.add_trace(_trace(point, name, color, first=row == 1), row=row, col=1)
         figure.update_xaxes(title_text="size on disk (MB)", rangemode="tozero", row=row, col=1)
+        if is_distance:
+            figure.update_yaxes(type="log", row=row, col=1)
     figure.update_layout(
-        template="plotly_white", height=PANEL_HEIGHT * len(names), legend_title_text="model"
+        template="plotly_white",
+        height=PANEL_HEIGHT * len(names),
+        legend_title_text="model",
+        title_text=escape(title),
     )
     return figure
 
@@ -68,7 +81,7 @@ def _trace(point: Point, name: str, color: int, *, first: bool) -> "Scatter":
     from plotly.colors import qualitative
     from plotly.graph_objects import Scatter
 
-    found = point.values[name]
+    found, colors = point.values[name], qualitative.Safe
     bits = "" if point.bits_per_weight is None else f"<br>{point.bits_per_weight:.4g} bits a weight"
     has_interval = found.low is not None and found.high is not None
     return Scatter(
@@ -76,8 +89,8 @@ def _trace(point: Point, name: str, color: int, *, first: bool) -> "Scatter":
         y=[found.value],
         error_y=_error_bar(found) if has_interval else None,
         mode="markers",
-        marker={"size": 9, "color": qualitative.Safe[color % len(qualitative.Safe)]},
-        name=point.model,
+        marker={"size": 9, "symbol": color, "color": colors[color % len(colors)]},
+        name=escape(point.model),
         legendgroup=str(color),
         showlegend=first,
         hovertemplate=f"%{{x:.3f}} MB{bits}<br>%{{y:.6g}}",

@@ -99,7 +99,9 @@ def _window(names: Sequence[str], asked: int | None) -> int:
         return min([DEFAULT_WINDOW, *limits.values()])
     for name, limit in limits.items():
         if asked > limit:
-            raise ValueError(f"window {asked} is longer than the {limit} positions of the model {name}")
+            raise ValueError(
+                f"window {asked} is longer than the {limit} positions of the model {name}"
+            )
     return asked
 
 

@@ -1,4 +1,4 @@
-"""Running the evaluation scripts on random models over characters, and asking such a model slowly."""
+"""Running the evaluation scripts on random models of characters, and asking such a model slowly."""
 
 import importlib.util
 import json
