@@ -11,7 +11,7 @@ DEMO_QUESTIONS = 200
 """Questions of the task ``demo``, and of the task of each domain."""
 
 DEMO_EXAMPLES = 40
-"""Questions beyond those, with their answers, for ``--shots``."""
+"""Questions beyond those at most, with their answers, for ``--shots``."""
 
 
 def demo_names() -> tuple[str, ...]:
@@ -23,7 +23,8 @@ def write_demo_tasks(folder: Path, names: Collection[str]) -> None:
     """Write the demo tasks of those names: the questions, and the task in the harness's form."""
     in_turn = demo.questions((DEMO_QUESTIONS + DEMO_EXAMPLES) * len(demo.DOMAINS))
     asked = in_turn[: DEMO_QUESTIONS * len(demo.DOMAINS)]
-    examples = in_turn[len(asked) :]
+    prompts = {question.prompt for question in asked}  # short ones come more than once
+    examples = [question for question in in_turn[len(asked) :] if question.prompt not in prompts]
     for name in names:
         files = {
             "test": _write(folder / f"{name}.jsonl", _of(name, asked)[:DEMO_QUESTIONS]),

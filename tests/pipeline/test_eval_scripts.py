@@ -291,6 +291,20 @@ def test_demo_questions_of_a_domain_are_of_that_domain(tmp_path):
     ]
 
 
+def test_examples_of_demo_tasks_are_no_questions_of_them(tmp_path):
+    names = [f"demo_{domain}" for domain in demo.DOMAINS]
+    demo_tasks.write_demo_tasks(tmp_path, names)
+    everything = demo.questions(240 * len(demo.DOMAINS))
+    for name in names:
+        asked, examples = (
+            [json.loads(line)["prompt"] for line in (tmp_path / file).read_text().splitlines()]
+            for file in (f"{name}.jsonl", f"{name}-examples.jsonl")
+        )
+        assert len(examples) >= 38  # two of a domain have the short prompt of a question
+        assert set(examples).isdisjoint(asked)
+        assert set(examples) <= {q.prompt for q in everything if name == f"demo_{q.domain}"}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -417,9 +417,10 @@ def test_a_comparison_has_sizes_losses_and_tasks(tmp_path, capsys):
         tmp_path,
         *(original, packed, "--text", tmp_path / "text.txt", "--window", 30, "--plot", page),
         *("--tasks", "mine", "--task-path", tmp_path, "--task-limit", 5),
+        *("--baseline", packed),
     )
     first, second = report["models"]
-    assert report["reference"] == report["baseline"] == str(original)
+    assert (report["reference"], report["baseline"]) == (str(original), str(packed))
     assert (first["kl"]["value"], first["flips"]["value"]) == (0, 0)
     files = sum(path.stat().st_size for path in packed.glob("*.safetensors"))
     assert second["weight"]["file_bytes"] == files
@@ -428,11 +429,13 @@ def test_a_comparison_has_sizes_losses_and_tasks(tmp_path, capsys):
     assert second["weight"]["bits_per_weight"] == 4 + 20 / 32
     alone = run(
         *(perplexity, tmp_path, packed, "--text", tmp_path / "text.txt", "--window", 30),
-        *("--reference", original),
+        *("--reference", original, "--baseline", packed),
     )["models"][1]
     assert {name: second[name] for name in alone} == alone
     assert second["tasks"]["mine"]["n"] == 5
-    assert "differences" in second["tasks"]["mine"]
+    assert "differences" in first["tasks"]["mine"]
+    assert "differences" not in second["tasks"]["mine"]
+    assert first["difference"]["kl"]["value"] == -second["kl"]["value"] < 0
     printed = capsys.readouterr().out
     for number in (f"{files / 1e6:.2f}", "4.6250", f"{second['kl']['value']:.6f}"):
         assert number in printed
