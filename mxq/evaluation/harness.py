@@ -5,7 +5,6 @@ would score a model whose experts were never loaded.
 """
 
 import contextlib
-import gc
 import logging
 import math
 import sys
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mxq.evaluation.demo_tasks import demo_names
-from mxq.evaluation.loading import load_model, load_tokenizer
+from mxq.evaluation.loading import free_memory, load_model, load_tokenizer
 from mxq.evaluation.statistics import Stratum
 
 BOOTSTRAP_DRAWS = 1000
@@ -158,7 +157,7 @@ def ask(name: str, manager: object, request: Request) -> dict[str, Answers]:
             log_samples=True,
         )
     del model
-    gc.collect()
+    free_memory()
     return dict(_all_answers(output))
 
 

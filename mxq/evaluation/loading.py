@@ -1,5 +1,6 @@
 """Models and tokenizers by name: a hub id, a folder, or ``demo`` for the embedded model."""
 
+import gc
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -39,6 +40,13 @@ def load_model(name: str, *, device: str | None = None) -> PreTrainedModel:
     load = partial(load_whole, device_map=default_device(device))
     model: PreTrainedModel = _loaded(load, name)
     return model
+
+
+def free_memory() -> None:
+    """Give back what a model took that nothing refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def default_device(device: str | None) -> str:

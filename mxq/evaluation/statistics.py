@@ -25,6 +25,9 @@ FEW_UNITS = 20
 BATCH_NUMBERS = 2**22
 """Numbers that exist at a time while data sets are drawn: 32 MB."""
 
+ROUNDING = 1e-12
+"""A spread below this part of the sums is that of float64 and not of the data."""
+
 Array = NDArray[np.float64]
 
 
@@ -68,7 +71,7 @@ def estimate(strata: Sequence[Stratum], confidence: float = 0.95) -> tuple[Estim
         return tuple(Estimate(float(value)) for value in value_Q)
     spread_Q = _spread(strata, value_Q)
     low_Q, high_Q = value_Q.copy(), value_Q.copy()
-    # Units that agree exactly leave nothing to draw, and BCa divides by their spread.
+    # Units that agree leave nothing to draw, and BCa divides by their spread.
     moves_Q = spread_Q > 0
     if moves_Q.any():
         moving = [Stratum(stratum.counts_U, stratum.sums_QU[moves_Q]) for stratum in strata]
@@ -110,14 +113,16 @@ def require_confidence(confidence: float) -> None:
 
 
 def _spread(strata: Sequence[Stratum], value_Q: Array) -> Array:
-    """The standard error of the summed quantities, [Q]."""
+    """The standard error of the summed quantities, [Q]; 0 where it is but rounding."""
     variance_Q = np.zeros_like(value_Q)
     for stratum in strata:
         rest_QU = stratum.sums_QU - value_Q[:, None] * stratum.counts_U
         rest_QU = rest_QU - rest_QU.mean(-1, keepdims=True)
         units = rest_QU.shape[-1]
         variance_Q += units / (units - 1) * (rest_QU**2).sum(-1)
-    return np.sqrt(variance_Q)
+    spread_Q = np.sqrt(variance_Q)
+    size_Q = sum(np.abs(stratum.sums_QU).sum(-1) for stratum in strata)
+    return np.where(spread_Q > ROUNDING * size_Q, spread_Q, 0)
 
 
 def _interval(strata: Sequence[Stratum], confidence: float) -> tuple[Array, Array]:

@@ -1,6 +1,5 @@
 """Score models on text, one loaded at a time, each against the same reference."""
 
-import gc
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mxq.evaluation.domains import encode_texts, read_texts
-from mxq.evaluation.loading import find_baseline, known_positions, load_model, resolve
+from mxq.evaluation.loading import find_baseline, free_memory, known_positions, load_model, resolve
 from mxq.evaluation.losses import ModelLosses, Scores, model_losses
 from mxq.evaluation.reference import KEEP_CHOICES, ReferenceLogits, model_logits
 from mxq.evaluation.statistics import Stratum, require_confidence
@@ -143,7 +142,7 @@ def _score_all(prepared: Prepared, watch: Watch) -> dict[str, Scores]:
         if name == prepared.reference:
             kept.finish(model)
         del model
-        _free_memory()
+        free_memory()
     return found
 
 
@@ -180,13 +179,6 @@ def _window_sums(logits_BTV: Tensor, other_BTV: Tensor, ids_BT: Tensor) -> list[
         tokens = torch.tensor(float(ids_BT.shape[1] - 1), dtype=torch.float64)
         found.append(torch.stack([tokens, nll, kl, tokens - same]))
     return found
-
-
-def _free_memory() -> None:
-    """Give back what the last model took before the next one is loaded."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _stratum(sums_U4: Tensor, has_reference: bool) -> Stratum:

@@ -97,6 +97,13 @@ def test_quantities_of_the_same_units_do_not_disturb_each_other():
     assert together[3] == Estimate(1, 0, 1, 1)  # a constant is certain
 
 
+def test_rounding_is_no_spread():
+    # Each stratum is constant, but 0.3 / 3 and 2.3 / 5 are no binary fractions.
+    (found,) = estimate([stratum([1, 1], [1, 1]), stratum([1] * 3, [0.1] * 3)])
+    assert (found.stderr, found.low) == (0, found.high)
+    assert found.value == pytest.approx(2.3 / 5)
+
+
 def test_the_spread_of_one_unit_is_not_known():
     strata = [stratum([3, 3, 3], [1, 2, 3]), stratum([4], [8])]
     assert estimate(strata) == (Estimate(14 / 13),)
