@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Sizes and losses of models, side by side.")
     add_common_options(parser)
-    add_text_options(parser)
+    add_text_options(parser, reference="the first")
     add_task_options(parser, required=False, limit="--task-limit")
     parser.add_argument("--batch", type=int, default=1, help="windows, sequences at a time (1)")
     parser.add_argument("--plot", type=Path, metavar="FILE.html", help="draw loss over size there")

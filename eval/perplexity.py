@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Perplexity of causal language models on texts.")
     add_common_options(parser)
-    add_text_options(parser)
+    add_text_options(parser, reference="none")
     parser.add_argument("--per-domain", action="store_true", help="a row for each domain as well")
     parser.add_argument("--batch", type=int, default=1, help="windows at a time (1)")
     return parser

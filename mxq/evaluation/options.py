@@ -12,7 +12,11 @@ from mxq.evaluation.texts import TextOptions
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     """The models, and the options that every script has."""
     parser.add_argument("models", nargs="+", metavar="MODEL", help="hub id, folder, or demo")
-    parser.add_argument("--baseline", metavar="MODEL", help="that differences are to (the first)")
+    parser.add_argument(
+        "--baseline",
+        metavar="MODEL",
+        help="one of the models, that differences are to (the reference, else the first)",
+    )
     parser.add_argument(
         "--confidence", type=float, default=0.95, help="of the intervals, as a share (0.95)"
     )
@@ -20,14 +24,16 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to this file")
 
 
-def add_text_options(parser: argparse.ArgumentParser) -> None:
-    """What models are scored on, and beside which reference."""
+def add_text_options(parser: argparse.ArgumentParser, *, reference: str) -> None:
+    """What models are scored on; ``reference`` says which one it is if none is given."""
     parser.add_argument(
         "--text",
         required=True,
         help="a .txt or .jsonl file, wikitext2, demo, or NAME=TEXT,NAME=TEXT for several domains",
     )
-    parser.add_argument("--reference", metavar="MODEL", help="model that KL and flips are to")
+    parser.add_argument(
+        "--reference", metavar="MODEL", help=f"model that KL and flips are to ({reference})"
+    )
     parser.add_argument("--window", type=int, help="tokens (2048, or what the models know if less)")
     parser.add_argument("--limit", type=int, help="read at most this many tokens of each domain")
     parser.add_argument(
