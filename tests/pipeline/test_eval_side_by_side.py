@@ -181,11 +181,15 @@ def test_few_windows_are_pointed_at(folders, text_file, tmp_path, capsys):
     assert "No intervals: they need at least 2 windows" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_name_with_brackets_is_printed_as_it_is(text_file, tmp_path, capsys):
+def test_a_name_with_brackets_is_printed_as_it_is(folders, text_file, tmp_path, capsys):
     folder = save_model(tmp_path / "a[b]c", seed=0)
-    run(perplexity, tmp_path, folder, folder, "--text", text_file, "--window", 50)
-    # Two rows, one of them again and the title in the second table.
-    assert capsys.readouterr().out.replace("\n", "").count("a[b]c") == 4
+    arguments = (folders[1], folder, "--text", text_file, "--window", 50, "--reference", folder)
+    run(perplexity, tmp_path, *arguments, "--baseline", folders[1])
+    # In a row and under the first table; in a row of the second one, which is to the other model.
+    assert "".join(capsys.readouterr().out.split()).count("a[b]c") == 3
+    run(perplexity, tmp_path, *arguments)
+    # In a row of the first table and under it; over the second one.
+    assert "".join(capsys.readouterr().out.split()).count("a[b]c") == 3
 
 
 def test_models_that_cut_a_text_differently_are_refused(
