@@ -380,7 +380,15 @@ def commit() -> str:
     """The commit of the working tree, marked if files other than results were changed."""
     git = ["git", "-C", str(Path(__file__).parent)]
     found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    changed = [*git, "status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)benchmarks/results"]
+    changed = [
+        *git,
+        "status",
+        "--porcelain",
+        "-uno",
+        "--",
+        ":/",
+        ":(top,exclude)benchmarks/results",
+    ]
     dirty = subprocess.run(changed, capture_output=True, text=True)
     return found.stdout.strip() + ("+" if dirty.stdout.strip() else "")
 

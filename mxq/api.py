@@ -6,8 +6,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from mxq.checkpoint.export import ExportResult, export_checkpoint
+from mxq.checkpoint.export.plan import ExportOptions
 from mxq.choices import Choices, pick
 from mxq.config import (
+    OWN,
     AllocateOptions,
     CalibrationOptions,
     MeasureOptions,
@@ -15,6 +18,7 @@ from mxq.config import (
     OutputOptions,
     QuantizeOptions,
     ResourceOptions,
+    parse_menu,
     parse_size,
 )
 from mxq.finish import QuantizeResult
@@ -24,6 +28,9 @@ from mxq.profiling.sensitivity import SENSITIVITY, Sensitivity
 from mxq.progress import Report
 from mxq.quantizers import QUANTIZERS, Quantizer, per_matrix
 from mxq.scheme import Scheme, parse_schemes
+from mxq.search.problem import Solver
+
+Schemes = str | Sequence[str | Scheme]
 
 Calibration = str | Tensor | Mapping[str, object] | Iterable[object]
 
@@ -36,7 +43,7 @@ def quantize(  # noqa: PLR0913  (each option stands alone and has a default)
     size: str | int | None = None,
     plan: str | None = None,
     calibration: Calibration | None = None,
-    schemes: str | Sequence[str | Scheme] = (),
+    schemes: Schemes | Mapping[str, Schemes] = (),
     samples: int = 128,
     seqlen: int = 512,
     seed: int = 0,
@@ -52,10 +59,12 @@ def quantize(  # noqa: PLR0913  (each option stands alone and has a default)
     floor_bits: float | None = None,
     objective: str = "loss",
     r: float = 0.75,
-    solver: str = "pulp",
+    solver: str | Solver = "pulp",
     device: str | None = None,
     tokens: int | None = None,
     max_latency_us: float | None = None,
+    engine: str | None = None,
+    tensor_parallel: int = 1,
     work: str | PathLike[str] | None = None,
     overwrite: bool = False,
     guard: bool = True,
@@ -75,7 +84,8 @@ def quantize(  # noqa: PLR0913  (each option stands alone and has a default)
         calibration: A named set, ``file:PATH``, a list of texts, token ids, a mapping from domain
             names to those, or any iterable of them. None is WikiText-2 (the embedded set for
             "demo").
-        schemes: Candidates; empty means the default for the model's dimensions.
+        schemes: Candidates; empty means the default for the model's dimensions. A mapping has
+            lists for some projections ("down", "q_proj") and, under "*", for all others.
         samples: Calibration samples.
         seqlen: Tokens of each.
         seed: Seed of the choice of samples.
@@ -92,10 +102,14 @@ def quantize(  # noqa: PLR0913  (each option stands alone and has a default)
         floor_bits: Least mean bits of every layer.
         objective: "loss" for the whole model, or "mxmoe" for ``L^r T^(1-r)`` layer by layer.
         r: Exponent of the mxmoe objective.
-        solver: "pulp" or "lagrangian".
+        solver: "pulp", "lagrangian", or a ``mxq.search.problem.Solver`` of your own.
         device: Device of latencies, by name, or the JSON file of a device or of a profile.
         tokens: Tokens of one step, for latencies.
         max_latency_us: Most microseconds of all blocks for one step.
+        engine: Plan inside the rules of an inference engine ("vllm", "sglang", "transformers"
+            for transformers without mxq, "trtllm"): only schemes that it takes are measured, and
+            rotation is off.
+        tensor_parallel: Ranks that the engine will split each weight over.
         work: Folder of the stages' results; None is ``work`` in the output folder.
         overwrite: Whether to replace what the output folder holds.
         guard: Whether to pack the uniform plan of the same size too and write the better one.
@@ -103,7 +117,8 @@ def quantize(  # noqa: PLR0913  (each option stands alone and has a default)
             in the work folder.
         force: Whether to start even if memory or disk look too small.
         compute: Where to compute: "auto" (a CUDA GPU if there is one), "cpu", "cuda" or "cuda:N".
-        progress: Called with ``(stage, step, done, total)``.
+        progress: Called with ``(stage, step, done, total)``. Ends of steps also go to the logger
+            "mxq" of the standard library, at level INFO.
 
     Returns:
         What was written, the plans, and their losses on held-out text.
@@ -128,17 +143,14 @@ def quantize(  # noqa: PLR0913  (each option stands alone and has a default)
             tokens=tokens,
             max_latency_us=max_latency_us,
             profiles=profile_folder(None),
+            engine=engine,
+            tensor_parallel=tensor_parallel,
         ),
         output=OutputOptions(Path(output), None if work is None else Path(work), overwrite, guard),
         calibration=CalibrationOptions(
             _named(str(model), calibration), samples, seqlen, seed, expert_floor
         ),
-        measure=MeasureOptions(
-            _schemes(schemes),
-            sensitivity if isinstance(sensitivity, str) else "own",
-            quantizer if isinstance(quantizer, str) else "own",
-            rotation,
-        ),
+        measure=_measure_options(schemes, sensitivity, quantizer, rotation),
         resources=ResourceOptions(
             parse_size(memory) if isinstance(memory, str) else memory, force, compute
         ),
@@ -146,6 +158,39 @@ def quantize(  # noqa: PLR0913  (each option stands alone and has a default)
     data = None if calibration is None or isinstance(calibration, str) else calibration
     return run_quantize(
         options, data=data, choices=_choices(sensitivity, quantizer), report=progress
+    )
+
+
+def export(  # noqa: PLR0913  (each option stands alone and has a default)
+    checkpoint: str | PathLike[str],
+    destination: str | PathLike[str],
+    *,
+    to: str,
+    dtype: str | None = None,
+    checkpoint_format: str | None = None,
+    overwrite: bool = False,
+    progress: Report | None = None,
+) -> ExportResult:
+    """Write a checkpoint of mxq for other tools, a decoder layer at a time.
+
+    Args:
+        checkpoint: Folder that ``quantize`` wrote.
+        destination: Folder to write.
+        to: "compressed-tensors", "gptq" or "dequantized".
+        dtype: Type of dequantized weights: "bfloat16" (None), "float16" or "float32".
+        checkpoint_format: "gptq" or "gptq_v2"; None is the latter where there are zero points.
+        overwrite: Whether to replace a checkpoint that the destination holds.
+        progress: Called with ``(stage, step, done, total)``.
+
+    Returns:
+        What was written, and in which tools it is known to go wrong.
+
+    Raises:
+        ValueError: For anything that the caller can mend, with what to do.
+    """
+    options = ExportOptions(dtype, checkpoint_format)
+    return export_checkpoint(
+        Path(checkpoint), Path(destination), to, options, overwrite=overwrite, report=progress
     )
 
 
@@ -157,9 +202,35 @@ def _named(model: str, calibration: Calibration | None) -> str:
     return "demo" if model == "demo" else "wikitext2"
 
 
-def _schemes(schemes: str | Sequence[str | Scheme]) -> tuple[Scheme, ...]:
-    if not schemes:
-        return ()
+def _measure_options(
+    schemes: Schemes | Mapping[str, Schemes],
+    sensitivity: str | Sensitivity,
+    quantizer: str | Quantizer,
+    rotation: str,
+) -> MeasureOptions:
+    others, by_projection = _menu(schemes)
+    return MeasureOptions(
+        others,
+        sensitivity if isinstance(sensitivity, str) else OWN,
+        quantizer if isinstance(quantizer, str) else OWN,
+        rotation,
+        by_projection,
+    )
+
+
+def _menu(
+    schemes: Schemes | Mapping[str, Schemes],
+) -> tuple[tuple[Scheme, ...], dict[str, tuple[Scheme, ...]]]:
+    """Candidates of blocks, and of projections with lists of their own."""
+    if isinstance(schemes, Mapping):
+        lists = {name: _schemes(listed) for name, listed in schemes.items()}
+        return lists.pop("*", ()), lists
+    if isinstance(schemes, str) and schemes:
+        return parse_menu(schemes)
+    return (_schemes(schemes) if schemes else ()), {}
+
+
+def _schemes(schemes: Schemes) -> tuple[Scheme, ...]:
     return parse_schemes(schemes if isinstance(schemes, str) else [str(s) for s in schemes])
 
 

@@ -76,7 +76,9 @@ class Allocation:
 
     ``predicted_loss`` is the sum of the chosen entries, ``bound`` a proven lower bound of the best
     sum under the same budgets, ``proven`` says whether the two agree to the solver's gap.
-    ``predicted_latency_us`` is None where no latency was asked for.
+    ``predicted_latency_us`` is None where no latency was asked for. ``engine`` is whose rules the
+    plan keeps, None for mxq's own runtime, ``tensor_parallel`` its ranks, and ``unrestricted_loss``
+    the least loss found without those rules, None where it was not looked for.
     """
 
     schemes: Mapping[str, Scheme]
@@ -91,11 +93,35 @@ class Allocation:
     rotated_layers: tuple[int, ...] = ()
     predicted_latency_us: float | None = None
     latency_source: str | None = None
+    engine: str | None = None
+    tensor_parallel: int = 1
+    unrestricted_loss: float | None = None
+
+    @property
+    def engine_cost(self) -> float | None:
+        """What the engine's rules cost in predicted loss; None where that is not known."""
+        if self.unrestricted_loss is None:
+            return None
+        return self.predicted_loss - self.unrestricted_loss
 
     @property
     def bits_per_weight(self) -> float:
         """Stored bits of the blocks, metadata included, per weight."""
         return self.storage_bits / self.weights
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredLayers:
+    """What each layer of a plan costs by itself, measured on held-out text.
+
+    ``kl`` is KL(original || original with that one layer quantized) by layer, in nats per token
+    over ``tokens`` positions. ``plan`` is the digest of the plan.
+    """
+
+    tokens: int
+    kl: tuple[float, ...]
+    plan: str
+    provenance: Provenance
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from mxq.config import MeasureOptions, default_schemes
+from mxq.config import OWN, MeasureOptions, default_schemes
 from mxq.models.adapter import ModelAdapter
 from mxq.profiling.losses import MeasureSettings
 from mxq.profiling.sensitivity import SENSITIVITY, Sensitivity
 from mxq.quantizers import QUANTIZERS, Method, Quantizer
+from mxq.scheme import Scheme
 
 Entry = TypeVar("Entry")
 
@@ -29,23 +30,36 @@ def measure_settings(
     Raises:
         ValueError: If a name is not on its menu.
     """
-    if choices is None and "own" in (options.quantizer, options.sensitivity):
+    if choices is None and OWN in (options.quantizer, options.sensitivity):
         raise ValueError(
             "this work folder was measured with a quantizer or sensitivity of the caller's own, "
             "which no file can hold; call mxq.quantize with it again"
         )
     widths = {block.in_features for block in adapter.blocks()}
+    others = options.schemes or default_schemes(widths)
+    listed = {scheme for menu in options.by_projection.values() for scheme in menu}
+    projections = {block.projection for block in adapter.blocks()}
     own = choices or Choices(
         pick(QUANTIZERS, "quantizer", options.quantizer),
         pick(SENSITIVITY, "sensitivity", options.sensitivity),
     )
     return MeasureSettings(
-        schemes=options.schemes or default_schemes(widths),
+        schemes=tuple(sorted({*others, *listed})),
         sensitivity=own.sensitivity,
         metric_name=options.sensitivity,
         method=Method(options.quantizer, own.quantizer),
         rotation=options.rotation,
+        offered=_offered(options, others, projections),
     )
+
+
+def _offered(
+    options: MeasureOptions, others: tuple[Scheme, ...], projections: set[str]
+) -> dict[str, tuple[Scheme, ...]]:
+    """Candidates by projection, if the options tell projections apart."""
+    if not options.by_projection:
+        return {}
+    return {**dict.fromkeys(sorted(projections), others), **options.by_projection}
 
 
 def pick(menu: Mapping[str, Entry], what: str, name: str) -> Entry:

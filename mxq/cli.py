@@ -1,6 +1,5 @@
 """The command line: options in, the pipeline, tables out. No logic of its own."""
 
-import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from mxq.cli_options import (
     Calibration,
     Compute,
     Device,
+    Engine,
     Floor,
     FloorBits,
     Force,
@@ -40,12 +40,13 @@ from mxq.cli_options import (
     Seqlen,
     Size,
     Solver,
+    TensorParallel,
     TieGateUp,
     Tokens,
     Work,
     WorkOption,
 )
-from mxq.cli_runs import guarded, shared
+from mxq.cli_runs import guarded, profiles_folder, shared
 from mxq.config import (
     AllocateOptions,
     CalibrationOptions,
@@ -55,6 +56,7 @@ from mxq.config import (
     QuantizeOptions,
     ResourceOptions,
     TuneOptions,
+    parse_menu,
     parse_shapes,
     parse_size,
 )
@@ -103,6 +105,8 @@ def quantize(
     device: Device = None,
     tokens: Tokens = None,
     max_latency: MaxLatency = None,
+    engine: Engine = None,
+    tp: TensorParallel = 1,
     work: WorkOption = None,
     overwrite: Overwrite = False,
     guard: Guard = True,
@@ -128,11 +132,13 @@ def quantize(
                 device,
                 tokens,
                 None if max_latency is None else 1000 * max_latency,
-                _profiles(),
+                profiles_folder(),
+                engine,
+                tp,
             ),
             OutputOptions(output, work, overwrite, guard),
             _calibration(model, calibration, samples, seqlen, seed, expert_floor),
-            MeasureOptions(_schemes(schemes), sensitivity, quantizer, rotation),
+            _measured(schemes, sensitivity, quantizer, rotation),
             ResourceOptions(parse_size(memory), force, compute),
         )
         with _progress(team) as report:
@@ -205,7 +211,7 @@ def measure(
     def run(team: Team) -> None:
         options = ModelOptions(model, revision, scope, tuple(keep or ()))
         text = _calibration(model, calibration, samples, seqlen, seed, expert_floor)
-        measured = MeasureOptions(_schemes(schemes), sensitivity, quantizer, rotation)
+        measured = _measured(schemes, sensitivity, quantizer, rotation)
         resources = ResourceOptions(parse_size(memory), force, compute)
         space = open_workspace(work, resources, team)
         adapter = pipeline.open_adapter(options, space.device)
@@ -234,6 +240,8 @@ def allocate(
     device: Device = None,
     tokens: Tokens = None,
     max_latency: MaxLatency = None,
+    engine: Engine = None,
+    tp: TensorParallel = 1,
 ) -> None:
     """Solve the plan again from a work folder, in seconds; no decoder layer is read."""
 
@@ -251,7 +259,9 @@ def allocate(
             device,
             tokens,
             None if max_latency is None else 1000 * max_latency,
-            _profiles(),
+            profiles_folder(),
+            engine,
+            tp,
         )
         space = Workspace(work)
         plans = pipeline.plan_again(space, options)
@@ -269,7 +279,9 @@ def tune(
     source: Annotated[
         str | None, typer.Argument(help="Work folder or model with the shapes to time.")
     ] = None,
-    schemes: Schemes = None,
+    schemes: Annotated[
+        str | None, typer.Option(help="Schemes to time, e.g. w2a16_g128_asym,w4a16_g64_sym.")
+    ] = None,
     shapes: Annotated[
         str | None, typer.Option(help="Shapes instead: OUTPUTSxINPUTS,OUTPUTSxINPUTS.")
     ] = None,
@@ -291,7 +303,7 @@ def tune(
             _schemes(schemes),
             tuple(plans.split(",")) if plans else (),
             device,
-            output or _profiles(),
+            output or profiles_folder(),
             replays,
         )
         wanted = parse_shapes(shapes) if shapes is not None else ()
@@ -347,8 +359,11 @@ def _progress(team: Team) -> AbstractContextManager[Report | None]:
     return progress_display() if team.leads else nullcontext()
 
 
-def _profiles() -> Path:
-    return latency.profile_folder(os.environ.get("XDG_CACHE_HOME"))
+def _measured(
+    schemes: str | None, sensitivity: str, quantizer: str, rotation: str
+) -> MeasureOptions:
+    others, by_projection = ((), {}) if schemes is None else parse_menu(schemes)
+    return MeasureOptions(others, sensitivity, quantizer, rotation, by_projection)
 
 
 def _schemes(text: str | None) -> tuple[Scheme, ...]:

@@ -12,7 +12,11 @@ Bits = Annotated[float | None, typer.Option(help="Stored bits per weight of the 
 Size = Annotated[str | None, typer.Option(help="Size of all weight files, e.g. 5.2GiB.")]
 Plan = Annotated[str | None, typer.Option(help="Force a plan: uniform:SCHEME.")]
 Schemes = Annotated[
-    str | None, typer.Option(help="Candidates, e.g. w2a16_g128_asym,w4a16_g64_sym.")
+    str | None,
+    typer.Option(
+        help="Candidates, e.g. w2a16_g128_asym,w4a16_g64_sym; a projection's own after it: "
+        "'w2a16_g128_asym,w3a16_g128_asym;down=w4a16_g128_asym'."
+    ),
 ]
 Calibration = Annotated[
     str | None,
@@ -43,6 +47,16 @@ Tokens = Annotated[int | None, typer.Option(help="Tokens of one step, for latenc
 MaxLatency = Annotated[
     float | None, typer.Option(help="Most milliseconds of all blocks for one step.")
 ]
+Engine = Annotated[
+    str | None,
+    typer.Option(help="Plan inside its rules: vllm, sglang, transformers (without mxq) or trtllm."),
+]
+EngineName = Annotated[
+    str, typer.Option("--engine", help="vllm, sglang, transformers (without mxq) or trtllm.")
+]
+TensorParallel = Annotated[
+    int, typer.Option("--tp", help="Ranks that the engine splits each weight over.")
+]
 WorkOption = Annotated[
     Path | None, typer.Option("--work", help="Folder of the stages' results; default OUTPUT/work.")
 ]
@@ -57,4 +71,18 @@ Force = Annotated[bool, typer.Option(help="Start even if memory or disk look too
 Compute = Annotated[
     str,
     typer.Option(help="Where to compute: auto (a GPU if there is one), cpu, cuda or cuda:N."),
+]
+Checkpoint = Annotated[Path, typer.Argument(help="Folder that mxq quantize or pack wrote.")]
+Destination = Annotated[Path, typer.Argument(help="Folder to write.")]
+To = Annotated[str, typer.Option(help="compressed-tensors, gptq or dequantized.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="Of dequantized weights: bfloat16 (default), float16 or float32."),
+]
+CheckpointFormat = Annotated[
+    str | None,
+    typer.Option(help="Of --to gptq: gptq or gptq_v2; default the latter for zero points."),
+]
+Replace = Annotated[
+    bool, typer.Option("--overwrite", help="Replace a checkpoint that the folder holds.")
 ]

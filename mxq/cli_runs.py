@@ -3,11 +3,12 @@
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import typer
 from transformers.utils import logging
 
-from mxq import tables
+from mxq import latency, tables
 from mxq.distributed import PeerError, Team, team_of
 from mxq.workspace import library_versions
 
@@ -50,3 +51,8 @@ def shared(run: Callable[[Team], None]) -> None:
             raise
 
     guarded(join)
+
+
+def profiles_folder() -> Path:
+    """Where measured profiles of devices are kept for this user."""
+    return latency.profile_folder(os.environ.get("XDG_CACHE_HOME"))

@@ -1,11 +1,13 @@
 """What a user asks for, checked once: one frozen dataclass for each group of options."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mxq.compute import check_compute
+from mxq.engines.rules import check_engine, check_tensor_parallel
 from mxq.kernels.spec import TILE_PLANS
 from mxq.scheme import Scheme, parse_schemes
 
@@ -13,6 +15,9 @@ SCOPES = ("auto", "experts", "all")
 ROTATIONS = ("auto", "on", "off")
 GRANULARITIES = ("block", "expert", "projection", "layer")
 OBJECTIVES = ("loss", "mxmoe")
+OWN = "own"
+"""Stands for a callable of the caller's in place of a name."""
+
 PLANS = tuple(plan.name for plan in TILE_PLANS)
 
 _SHAPE = re.compile(r"\s*([1-9]\d*)x([1-9]\d*)\s*", re.ASCII)
@@ -73,13 +78,15 @@ class CalibrationOptions:
 class MeasureOptions:
     """How blocks are quantized and what their error is said to cost.
 
-    ``schemes`` empty means the default candidates, fitted to the model's dimensions.
+    ``schemes`` empty means the default candidates, fitted to the model's dimensions. Projections
+    in ``by_projection`` ("down", "q_proj") have candidates of their own instead.
     """
 
     schemes: tuple[Scheme, ...] = ()
     sensitivity: str = "fisher"
     quantizer: str = "gptq"
     rotation: str = "auto"
+    by_projection: Mapping[str, tuple[Scheme, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raise ValueError for a rotation that does not exist."""
@@ -91,8 +98,10 @@ class AllocateOptions:
     """The budget and the rules of the plan. Exactly one of bits, size and plan is given.
 
     ``bits`` counts every stored bit of the quantized blocks per weight; ``size_bytes`` is that
-    of all weight files and their index; ``plan`` forces ``uniform:SCHEME``. ``profiles`` is the
-    folder of measured profiles of devices.
+    of all weight files and their index; ``plan`` forces ``uniform:SCHEME``. ``solver`` is a name or
+    a ``mxq.search.problem.Solver``. ``profiles`` is the folder of measured profiles of devices.
+    ``engine`` names whose rules the plan keeps, None for mxq's own runtime, and
+    ``tensor_parallel`` over how many ranks it will be split there.
     """
 
     bits: float | None = None
@@ -103,11 +112,13 @@ class AllocateOptions:
     floor_bits: float | None = None
     objective: str = "loss"
     r: float = 0.75
-    solver: str = "pulp"
+    solver: str | Callable[..., Any] = "pulp"
     device: str | None = None
     tokens: int | None = None
     max_latency_us: float | None = None
     profiles: Path | None = None
+    engine: str | None = None
+    tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
         """Raise ValueError for choices that do not exist, contradict or are out of range."""
@@ -135,6 +146,7 @@ class AllocateOptions:
             raise ValueError("--objective mxmoe with r < 1 needs --device and --tokens for T")
         if (self.device is None) != (self.tokens is None):
             raise ValueError("--device and --tokens go together: a latency is of both")
+        self._check_engine()
         self.forced_scheme()
 
     def forced_scheme(self) -> Scheme | None:
@@ -156,6 +168,13 @@ class AllocateOptions:
                 raise ValueError(f"--{name} is {number:g}; it must be above 0")
         if not 0 <= self.r <= 1:
             raise ValueError(f"--r {self.r:g} is not between 0 and 1")
+
+    def _check_engine(self) -> None:
+        if self.engine is not None:
+            check_engine(self.engine)
+            check_tensor_parallel(self.engine, self.tensor_parallel)
+        elif self.tensor_parallel != 1:
+            raise ValueError("--tp needs --engine: how weights are split is a rule of an engine")
 
     def _counts(self) -> Mapping[str, float | None]:
         return {
@@ -266,6 +285,30 @@ def parse_shapes(text: str) -> tuple[tuple[int, int], ...]:
             raise ValueError(f"shape {part!r} is not of the form OUTPUTSxINPUTS, e.g. 2816x2048")
         shapes.append((int(match[1]), int(match[2])))
     return tuple(shapes)
+
+
+def parse_menu(text: str) -> tuple[tuple[Scheme, ...], dict[str, tuple[Scheme, ...]]]:
+    """Candidates of all blocks, and those of some projections: ``w3...,w4...;down=w4...,w8...``.
+
+    Raises:
+        ValueError: If a spelling is wrong, or a projection is named twice.
+    """
+    schemes: tuple[Scheme, ...] = ()
+    by_projection: dict[str, tuple[Scheme, ...]] = {}
+    for part in text.split(";"):
+        name, equals, listed = (piece.strip() for piece in part.rpartition("="))
+        taken = name in by_projection if equals else bool(schemes)
+        if taken or (equals and not name):
+            where = f"the projection {name!r}" if name else "no projection, or all others,"
+            raise ValueError(
+                f"schemes {text!r}: {where} is listed twice or has no name; write lists like "
+                "'w3a16_g128_asym,w4a16_g128_asym;down=w4a16_g128_asym,w8a16_g128_asym'"
+            )
+        if equals:
+            by_projection[name] = parse_schemes(listed)
+        else:
+            schemes = parse_schemes(listed)
+    return schemes, by_projection
 
 
 def default_schemes(widths: set[int]) -> tuple[Scheme, ...]:

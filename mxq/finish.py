@@ -4,6 +4,7 @@ What is finished of this is in the work folder until the output folder has it al
 was stopped anywhere goes on; one that has ended finds its result in the output folder.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,9 +20,18 @@ from mxq.models.adapter import ModelAdapter
 from mxq.models.source import file_digest
 from mxq.profiling.activation import ActivationStats
 from mxq.progress import Report
-from mxq.publish import RunRecord, check_same_run, files_left, publish, record_files
+from mxq.publish import (
+    RunRecord,
+    check_same_run,
+    engine_settings,
+    files_left,
+    publish,
+    record_files,
+)
 from mxq.search.allocate import next_uniform
 from mxq.workspace import CalibrationTokens, Workspace, make_provenance
+
+log = logging.getLogger("mxq")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +126,8 @@ def pack_and_choose(
 
 def _made_from(finish: Finish, plans: Mapping[str, Allocation]) -> Provenance:
     names = {name: _plan_name(plan) for name, plan in plans.items()}
-    asked = next(iter(plans.values())).asked_bits
+    first = next(iter(plans.values()))
+    asked = first.asked_bits
     return make_provenance(
         finish.table.provenance.model_digest,
         finish.tokens.digest,
@@ -125,6 +136,7 @@ def _made_from(finish: Finish, plans: Mapping[str, Allocation]) -> Provenance:
             "compute": describe(finish.adapter.source.device),
             "bits": asked,
             "plans": names,
+            **engine_settings(first.engine, first.tensor_parallel),
         },
     )
 
@@ -211,6 +223,8 @@ def stage(report: Report | None, name: str) -> Callable[[str, int, int], None]:
     """Progress of one stage, passed on to the report of the run."""
 
     def tell(step: str, done: int, total: int) -> None:
+        if done == total:
+            log.info("%s: %s, all %d done", name, step, total)
         if report is not None:
             report(name, step, done, total)
 

@@ -6,7 +6,7 @@ files that were written; all compute in the type of the source, float32.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +15,16 @@ from torch import Tensor
 from mxq.checkpoint.stream import open_packed, share_equal
 from mxq.models.activations import ActivationStore
 from mxq.models.adapter import ModelAdapter
-from mxq.models.lockstep import LayerCall, OnLayer, Track, run_calls, run_side_by_side
+from mxq.models.lockstep import (
+    LayerCall,
+    OnLayer,
+    Track,
+    hidden_of,
+    run_calls,
+    run_in_lockstep,
+    run_side_by_side,
+    with_hidden_of,
+)
 from mxq.models.source import ModelSource
 from mxq.models.sweep import OnProgress
 from mxq.scoring import compare_logits
@@ -85,6 +94,79 @@ def measure_loss(
         if not total.isfinite().all():
             raise ValueError(f"the logits of the {name} checkpoint are not finite on held-out text")
     return {name: _mean(total, counted) for name, total in sums.items()}
+
+
+def measure_layers(
+    adapter: ModelAdapter,
+    heldout: Sequence[Tensor],
+    folder: Path,
+    progress: OnProgress | None = None,
+    *,
+    store: ActivationStore | None = None,
+) -> tuple[float, ...]:
+    """KL(original || original with one layer of a checkpoint), in nats per token, by layer.
+
+    All of these models go through the layers together, so each layer is read once; up to the
+    layer that differs, a model has the activations of the original.
+
+    Raises:
+        ValueError: If the checkpoint's files are not what was written, or logits not finite.
+    """
+    store = store or ActivationStore()
+    source = adapter.source
+    packed = open_packed(folder, source.dtype, source.device)
+    models = 1 + len(source.layers)  # the original, then one for each layer
+    sums = torch.zeros(len(source.layers), dtype=torch.float64)
+    original = torch.empty(0)
+
+    def on_result(call: int, result: object) -> None:
+        nonlocal original
+        batch, model = divmod(call, models)
+        logits = result.logits.detach()[:, :-1]  # type: ignore[attr-defined]
+        if model == 0:
+            original = logits
+        else:
+            sums[model - 1] += compare_logits(logits, original, heldout[batch])[2]
+
+    calls = [batch for batch in heldout for _ in range(models)]
+    on_layer = _one_layer_each(source, packed, store, progress)
+    run_in_lockstep(source.model, source.layers, calls, on_layer, on_result, store=store)
+    if not sums.isfinite().all():
+        raise ValueError("the logits with a layer of the checkpoint are not finite")
+    return tuple((sums / sum(batch[:, 1:].numel() for batch in heldout)).tolist())
+
+
+def _one_layer_each(
+    source: ModelSource, packed: ModelSource, store: ActivationStore, progress: OnProgress | None
+) -> OnLayer:
+    """Run the calls of the original and of each model with one layer of ``packed``, in turn."""
+    models = 1 + len(source.layers)
+
+    def on_layer(layer: int, calls: list[LayerCall]) -> list[object]:
+        source.load_layer(layer)
+        packed.load_layer(layer)
+        outputs: list[object] = []
+        with torch.no_grad():
+            for first in range(0, len(calls), models):
+                differing = calls[first + layer + 1]
+                swapped = replace(differing, forward=packed.layers[layer].forward)
+                found = run_calls([*calls[first : first + layer + 1], swapped], store)
+                same = (_copied(found[0], store) for _ in range(models - len(found)))
+                outputs += [*found, *same]
+        source.free_layer(layer)
+        packed.free_layer(layer)
+        if progress is not None:
+            progress("layers", layer + 1, len(source.layers))
+        return outputs
+
+    return on_layer
+
+
+def _copied(output: object, store: ActivationStore) -> object:
+    """A layer's output with hidden states of its own, which the model's code may write to."""
+    hidden = store.keep(hidden_of(output).clone(), cold=True)
+    store.release(hidden)
+    return with_hidden_of(output, hidden)
 
 
 def _streamed(

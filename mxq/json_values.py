@@ -6,7 +6,7 @@ written as 3.7 is not 3, and a text is no list of letters.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -51,12 +51,16 @@ def _check_finite(value: object, place: str) -> None:
 def _decode_dataclass(hint: Any, value: Any, place: str) -> Any:
     content = _expect(dict, value, place, "an object")
     hints = get_type_hints(hint)
-    absent = [f.name for f in fields(hint) if f.name not in content]
+    absent = [f.name for f in fields(hint) if f.name not in content and _is_required(f)]
     if absent:
         raise ValueError(f"{place} has no {absent[0]}")
-    return hint(
-        **{f.name: _decode(hints[f.name], content[f.name], f.name) for f in fields(hint)},
-    )
+    held = [f.name for f in fields(hint) if f.name in content]
+    return hint(**{name: _decode(hints[name], content[name], name) for name in held})
+
+
+def _is_required(field: Field[Any]) -> bool:
+    """Whether a file has to hold it; a field with a default may be younger than the file."""
+    return field.default is MISSING and field.default_factory is MISSING
 
 
 def _decode_generic(hint: Any, value: Any, place: str) -> Any:

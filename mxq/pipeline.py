@@ -25,6 +25,7 @@ from mxq.config import (
 from mxq.demo import model_path
 from mxq.distributed import Team
 from mxq.finish import Finish, QuantizeResult, pack_and_choose, stage
+from mxq.for_engine import measured_for, notes_for
 from mxq.latency import LatencyReport, latency_report, load_pricing
 from mxq.models.adapter import ModelAdapter
 from mxq.models.source import open_source
@@ -42,7 +43,7 @@ from mxq.profiling.draw import draw_calibration
 from mxq.profiling.losses import LayerLosses, MeasureSettings
 from mxq.profiling.measure import Sharing, measure
 from mxq.progress import Report
-from mxq.publish import check_apart, check_known, check_output, find_record
+from mxq.publish import check_apart, check_known, check_output, engine_settings, find_record
 from mxq.resources import Announce, check_quantize
 from mxq.search.allocate import check_solved_on
 from mxq.workspace import (
@@ -81,11 +82,14 @@ def run_quantize(
         ValueError: For anything that the user can mend; nothing is left half-written.
     """
     forced = options.allocate.forced_scheme()
-    measured = options.measure if forced is None else replace(options.measure, schemes=(forced,))
+    measured = options.measure
+    if forced is not None:
+        measured = replace(measured, schemes=(forced,), by_projection={})
     work = open_workspace(options.output.work_folder, options.resources, team)
     if work.team.leads:
         check_output(options.output, may_go_on=choices is None)
     adapter = open_adapter(options.model, work.device)
+    measured = measured_for(adapter, options.allocate, measured)
     if work.team.leads:
         _check(adapter, options, measured, choices, announce)
     with work.locked():
@@ -118,9 +122,17 @@ def _check(
             # The record has them as a plan does: of a limit for all weights.
             weights = sum(block.weights for block in adapter.blocks())
             known["bits"] = options.allocate.bits * weights / weights
+        known |= engine_settings(options.allocate.engine, options.allocate.tensor_parallel)
         check_known(options.output, model_digest=adapter.source.digest(), settings=known)
     if find_record(options.output.output) is None or options.output.overwrite:
-        check_quantize(adapter, options, measured, choices, announce)
+        notes = notes_for(options.allocate, measured)
+        check_quantize(adapter, options, measured, choices, _with_notes(announce, notes))
+
+
+def _with_notes(announce: Announce | None, notes: tuple[str, ...]) -> Announce | None:
+    if announce is None or not notes:
+        return announce
+    return lambda needs, found: announce(replace(needs, notes=notes), found)
 
 
 def plan_again(work: Workspace, options: AllocateOptions) -> dict[str, Allocation]:
@@ -339,7 +351,9 @@ class _Table:
 
 def _recorded(adapter: ModelAdapter, settings: MeasureSettings) -> dict[str, object]:
     """The settings that a table depends on."""
+    offered = {name: [str(s) for s in menu] for name, menu in settings.offered.items()}
     return {
+        **({"offered": offered} if offered else {}),
         "schemes": [str(scheme) for scheme in settings.schemes],
         "sensitivity": settings.metric_name,
         "quantizer": settings.method.name,

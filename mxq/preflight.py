@@ -10,11 +10,12 @@ from tempfile import TemporaryFile
 from mxq.checkpoint.size import block_budget
 from mxq.choices import Choices, measure_settings
 from mxq.config import AllocateOptions, MeasureOptions, OutputOptions
+from mxq.for_engine import choices_of
 from mxq.latency import load_pricing
 from mxq.models.adapter import ModelAdapter
+from mxq.profiling.losses import MeasureSettings
 from mxq.profiling.table import check_fit
 from mxq.publish import check_apart
-from mxq.scheme import Scheme
 from mxq.search.solvers import solver_named
 
 
@@ -27,12 +28,12 @@ def check_request(
 ) -> None:
     """Raise ValueError for a request that would fail later, with what to change."""
     check_apart(output, adapter.source.folder)
-    schemes = measure_settings(adapter, measured, choices).schemes
-    check_fit(adapter.blocks(), schemes)
+    settings = measure_settings(adapter, measured, choices)
+    check_fit(adapter.blocks(), settings)
     solver_named(allocate.solver)
     if allocate.device is not None:
         load_pricing(allocate.device, allocate.profiles)
-    _check_budget(adapter, allocate, schemes)
+    _check_budget(adapter, allocate, settings)
     for folder in (output.output, output.work_folder):
         check_writable(folder)
 
@@ -50,9 +51,9 @@ def check_writable(folder: Path) -> None:
 
 
 def _check_budget(
-    adapter: ModelAdapter, options: AllocateOptions, schemes: tuple[Scheme, ...]
+    adapter: ModelAdapter, options: AllocateOptions, settings: MeasureSettings
 ) -> None:
-    """Raise ValueError if the cheapest scheme of every block is over the budget."""
+    """Raise ValueError if the cheapest candidate of every block is over the budget."""
     if options.plan is not None:
         return
     blocks = adapter.blocks()
@@ -60,9 +61,12 @@ def _check_budget(
     limit = (options.bits or 0) * weights
     if options.size_bytes is not None:
         limit = block_budget(adapter, options.size_bytes)
-    cheapest = sum(
-        min(s.storage_bits(b.out_features, b.in_features) for s in schemes if s.fits(b.in_features))
-        for b in blocks
+    cheapest = min(
+        sum(
+            min(s.storage_bits(b.out_features, b.in_features) for s in may)
+            for b, may in zip(blocks, choices, strict=True)
+        )
+        for choices in choices_of(adapter, options, settings)
     )
     if cheapest > limit * (1 + 1e-9):
         raise ValueError(

@@ -77,6 +77,13 @@ def check_apart(options: OutputOptions, source: Path) -> None:
         )
 
 
+def engine_settings(engine: str | None, tensor_parallel: int) -> dict[str, object]:
+    """What a run records of the engine that it was for; nothing where there was none."""
+    if engine is None:
+        return {"engine": None}
+    return {"engine": engine, "tensor_parallel": tensor_parallel}
+
+
 def find_record(folder: Path) -> RunRecord | None:
     """The record of an output folder, None if there is none that is whole."""
     try:
@@ -189,9 +196,22 @@ def _facts(plan: Allocation, loss: MeasuredLoss, written: bool) -> dict[str, obj
         "bits_per_weight": plan.bits_per_weight,
         "predicted_loss": plan.predicted_loss,
         "unit": plan.unit,
+        **_engine_facts(plan),
         "heldout_tokens": loss.tokens,
         "kl": loss.kl,
         "nll": loss.nll,
         "original_nll": loss.original_nll,
         "top1_agreement": loss.top1_agreement,
+    }
+
+
+def _engine_facts(plan: Allocation) -> dict[str, object]:
+    """What the engine's rules cost, where the plan was solved for one."""
+    if plan.engine is None:
+        return {}
+    return {
+        "engine": plan.engine,
+        "tensor_parallel": plan.tensor_parallel,
+        "predicted_loss_without_engine": plan.unrestricted_loss,
+        "engine_cost": plan.engine_cost,
     }

@@ -50,12 +50,14 @@ Announce = Callable[["Needs", "Machine"], None]
 class Needs:
     """Bytes of memory and of disk by what takes them, and seconds of each stage.
 
-    The ``memory_bytes`` are held together at the worst moment, the ``disk_bytes`` too.
+    The ``memory_bytes`` are held together at the worst moment, the ``disk_bytes`` too. ``notes``
+    are what else to know of the run.
     """
 
     memory_bytes: Mapping[str, int]
     disk_bytes: Mapping[str, int]
     seconds: Mapping[str, float]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

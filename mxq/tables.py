@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mxq.artifacts import Allocation, BlockInfo, SensitivityTable
+from mxq.checkpoint.export import ExportResult
+from mxq.engines import format_warnings, load_rules
 from mxq.finish import QuantizeResult
 from mxq.heldout import MeasuredLoss
 from mxq.machine import Machine
@@ -32,6 +34,7 @@ def show_result(result: QuantizeResult) -> None:
     console.print(comparison(result))
     if chosen.predicted_latency_us is not None:
         console.print(f"Latency of the blocks in one step: {_latency(chosen)}")
+    _show_engine(result.plans["plan"], console)
     tokens = _first(result.losses).tokens
     if tokens < FEW_TOKENS:
         console.print(
@@ -62,7 +65,9 @@ def show_plans(plans: Mapping[str, Allocation], table: SensitivityTable) -> None
             f"{plan.bound:.6g}" if plan.proven else f"{plan.bound:.6g} (not proven)",
             _latency(plan).partition(" (")[0],  # the table of latencies names their source
         )
-    make_console().print(summary)
+    console = make_console()
+    console.print(summary)
+    _show_engine(plans["plan"], console)
 
 
 def show_allocation(plan: Allocation, blocks: Sequence[BlockInfo]) -> None:
@@ -164,6 +169,19 @@ def coverage_lines(result: QuantizeResult) -> list[str]:
     return lines
 
 
+def engine_line(plan: Allocation) -> str | None:
+    """What the rules of an engine cost in predicted loss; None where a plan was for none."""
+    if plan.engine is None:
+        return None
+    if plan.engine_cost is None or plan.unrestricted_loss is None:
+        return f"The plan keeps the rules of {plan.engine}."
+    of = f" (+{plan.engine_cost / plan.unrestricted_loss:.1%})" if plan.unrestricted_loss else ""
+    return (
+        f"The rules of {plan.engine} cost {plan.engine_cost:.6g} {plan.unit}{of}: the best plan of "
+        f"these measurements without them is predicted at {plan.unrestricted_loss:.6g}."
+    )
+
+
 def show_profile(stats: ActivationStats) -> None:
     """Tokens of experts by layer, and where they come from."""
     table = Table(title=f"Routed tokens of {stats.total_tokens:,} calibration tokens")
@@ -244,7 +262,32 @@ def show_needs(needs: Needs, found: Machine) -> None:
     table.caption = (
         "Time: counted operations over this machine's speed just now, an order of magnitude."
     )
-    make_console(stderr=True).print(table)
+    console = make_console(stderr=True)
+    console.print(table)
+    for note in needs.notes:
+        console.print(_escape(note))
+
+
+def show_export(result: ExportResult) -> None:
+    """What an export wrote, and where it is known to go wrong."""
+    table = Table(title=f"Exported to {result.to}")
+    for column in ("scheme", "modules", "written as"):
+        table.add_column(column, justify="right" if column == "modules" else "left")
+    for group in result.groups:
+        table.add_row(group.scheme, f"{group.modules:,}", group.written_as)
+    console = make_console()
+    console.print(table)
+    for warning in result.warnings:
+        console.print(f"[yellow]warning:[/] {_escape(warning)}")
+    console.print(
+        f"Written to [bold]{result.folder}[/]: {result.tensor_bytes:,} bytes of tensors",
+        soft_wrap=True,
+    )
+
+
+def show_address(url: str) -> None:
+    """Where a page is served, and how to end it."""
+    make_console().print(f"The plans are at [bold]{url}[/] (Ctrl-C ends the page)")
 
 
 def show_error(message: str) -> None:
@@ -269,6 +312,15 @@ def make_console(*, stderr: bool = False) -> Console:
     console = Console(stderr=stderr)
     width = console.width if console.is_terminal else max(console.width, NARROWEST)
     return Console(stderr=stderr, width=width)
+
+
+def _show_engine(plan: Allocation, console: Console) -> None:
+    line = engine_line(plan)
+    if line is None or plan.engine is None:
+        return
+    console.print(_escape(line))
+    for warning in format_warnings(load_rules(plan.engine), plan.schemes.values()):
+        console.print(f"[yellow]{_escape(warning)}")
 
 
 def _column_of(block: BlockInfo) -> str:

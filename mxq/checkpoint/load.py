@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from mxq.checkpoint.engine import prepare_kernels
 from mxq.checkpoint.format import QUANT_METHOD, CheckpointPlan
 from mxq.checkpoint.modules import MxqExperts, packed_linear
+from mxq.checkpoint.save import Saver
 from mxq.models.experts import expert_count, is_fused_experts, projection_shapes
 from mxq.models.files import is_inside
 from mxq.models.source import file_digest
@@ -81,6 +82,9 @@ class MxqQuantizer(HfQuantizer):
         check_class(model, plan, paths)
         swap_modules(model, plan, dtype or torch.get_default_dtype())
         check_tensors(model, paths)
+        if paths:
+            saver = Saver(model, paths[0].parent, plan.files)
+            setattr(model, "save_pretrained", saver)  # noqa: B010  (of this model alone)
         return model
 
     def _process_model_after_weight_loading(
@@ -94,7 +98,7 @@ class MxqQuantizer(HfQuantizer):
         return []
 
     def is_serializable(self) -> bool:
-        """False: a copy of the folder is the way to save it again."""
+        """False: ``Saver`` copies the files instead."""
         return False
 
     @property

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from mxq.checkpoint.engine import packed_modules
+from mxq.checkpoint.format import CheckpointPlan
 from mxq.checkpoint.load import MxqConfig, check_files, check_tensors, swap_modules
 from mxq.compute import CPU
 from mxq.models.skeleton import build_skeleton
@@ -25,6 +26,19 @@ def open_packed(folder: Path, dtype: torch.dtype, device: torch.device = CPU) ->
     Raises:
         ValueError: If the folder is not such a checkpoint, or a file is absent or was changed.
     """
+    config, plan = read_plan(folder)
+    model = checked_model(folder, config, plan, dtype)
+    for module in packed_modules(model):
+        module.engine = "decoded"
+    return ModelSource(folder, model, dtype, converts=False, device=device)
+
+
+def read_plan(folder: Path) -> tuple[PreTrainedConfig, CheckpointPlan]:
+    """The configuration of a checkpoint's original model, and the plan.
+
+    Raises:
+        ValueError: If the folder is not a checkpoint of mxq.
+    """
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     packed = getattr(config, "quantization_config", None)
     if not isinstance(packed, dict) or packed.get("quant_method") != "mxq":
@@ -32,14 +46,23 @@ def open_packed(folder: Path, dtype: torch.dtype, device: torch.device = CPU) ->
     plan = MxqConfig(**packed).plan()
     del config.quantization_config
     config.transformers_weights = None
+    return config, plan
+
+
+def checked_model(
+    folder: Path, config: PreTrainedConfig, plan: CheckpointPlan, dtype: torch.dtype
+) -> PreTrainedModel:
+    """The module tree with packed modules on the meta device, which is what the files hold.
+
+    Raises:
+        ValueError: If a file is absent or was changed, or does not fit the plan.
+    """
     model = build_skeleton(config, dtype)
     paths = sorted(folder.glob("*.safetensors"))
     check_files(plan, paths)
     swap_modules(model, plan, dtype)
     check_tensors(model, paths)
-    for module in packed_modules(model):
-        module.engine = "decoded"
-    return ModelSource(folder, model, dtype, converts=False, device=device)
+    return model
 
 
 def share_equal(model: nn.Module, other: nn.Module) -> None:

@@ -68,7 +68,7 @@ class CheckpointWriter:
         plan = CheckpointPlan(linears, experts, rotated, dict(sorted(self._digests.items())))
         total_bytes, weight_map = 0, {}
         for file in self._digests:
-            for key, length in _lengths(self.folder / file).items():
+            for key, length in tensor_lengths(self.folder / file).items():
                 weight_map[key] = file
                 total_bytes += length
         index = {
@@ -76,10 +76,7 @@ class CheckpointWriter:
             "weight_map": dict(sorted(weight_map.items())),
         }
         _write_json(self.folder / "model.safetensors.index.json", index)
-        for pattern in _COMPANIONS:
-            for path in sorted(source.glob(pattern)):
-                if path.name not in _OWN and not path.name.startswith("mxq"):
-                    _copy(path, self.folder / path.name)
+        copy_companions(source, self.folder)
         config = _read_config(source)
         config["quantization_config"] = plan.to_json()
         config["transformers_weights"] = GUARD
@@ -87,19 +84,27 @@ class CheckpointWriter:
         return total_bytes
 
 
-def shard_file(name: str) -> str:
-    """File name of the shard of that name."""
-    return f"model-{name}.safetensors"
-
-
-def _lengths(path: Path) -> dict[str, int]:
+def tensor_lengths(path: Path) -> dict[str, int]:
     """Bytes of each tensor of a shard, from its header."""
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    del header["__metadata__"]
+    header.pop("__metadata__", None)
     return {
         key: entry["data_offsets"][1] - entry["data_offsets"][0] for key, entry in header.items()
     }
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy the files of a model folder beside weights and configuration, such as a tokenizer's."""
+    for pattern in _COMPANIONS:
+        for path in sorted(source.glob(pattern)):
+            if path.name not in _OWN and not path.name.startswith("mxq"):
+                _copy(path, target / path.name)
+
+
+def shard_file(name: str) -> str:
+    """File name of the shard of that name."""
+    return f"model-{name}.safetensors"
 
 
 def _read_config(source: Path) -> dict[str, Any]:

@@ -37,20 +37,29 @@ TOKENS_PER_BLOCK = 8192
 
 @dataclass(frozen=True, slots=True)
 class MeasureSettings:
-    """Options that change the table."""
+    """Options that change the table.
+
+    ``schemes`` are all candidates; a projection that ``offered`` names has only those listed there.
+    """
 
     schemes: tuple[Scheme, ...]
     sensitivity: Sensitivity
     metric_name: str
     method: Method
     rotation: str = "auto"
+    offered: Mapping[str, tuple[Scheme, ...]] = field(default_factory=dict)
+
+    def candidates(self, block: LinearBlock) -> list[Scheme]:
+        """The schemes that a block may get: on offer for its projection, and of fitting groups."""
+        menu = self.offered.get(block.projection, self.schemes)
+        return [scheme for scheme in menu if scheme.fits(block.in_features)]
 
 
 @dataclass(frozen=True, slots=True)
 class BlockLosses:
     """One block: loss and winning quantizer under each scheme of the settings.
 
-    The loss is infinite and the quantizer empty where the scheme does not fit the block.
+    The loss is infinite and the quantizer empty where the scheme is no candidate of the block.
     """
 
     block: str
@@ -102,20 +111,17 @@ def measure_layer(
 
 @dataclass(frozen=True, slots=True)
 class _Members:
-    """Blocks of one shape that are measured together."""
+    """Blocks of one shape and projection that are measured together, and their candidates."""
 
     probes: Sequence[Probe]
     weights: Sequence[Tensor]
     inputs: BatchInputs
+    candidates: Sequence[Scheme]
 
-    def fitting(self, schemes: Sequence[Scheme]) -> list[Scheme]:
-        """The schemes that fit their shape."""
-        return [scheme for scheme in schemes if scheme.fits(self.weights[0].shape[-1])]
-
-    def cheapest(self, schemes: Sequence[Scheme]) -> Scheme:
-        """The fitting scheme that stores least."""
+    def cheapest(self) -> Scheme:
+        """The candidate that stores least."""
         n, k = self.weights[0].shape
-        return min(self.fitting(schemes), key=lambda scheme: scheme.storage_bits(n, k))
+        return min(self.candidates, key=lambda scheme: scheme.storage_bits(n, k))
 
     def batch(self, *, rotated: bool) -> BlockBatch:
         """What a quantizer gets of them."""
@@ -148,10 +154,10 @@ def _measure(
     settings: MeasureSettings,
     schemes: Sequence[Scheme] | None = None,
 ) -> float:
-    """Add to what was found under the schemes (None: all that fit and are unknown); their sum."""
+    """Add to what was found under the schemes (None: all candidates yet unknown); their sum."""
     if schemes is None:
         first = members.probes[0].block
-        schemes = [s for s in members.fitting(settings.schemes) if (first, s) not in found.losses]
+        schemes = [s for s in members.candidates if (first, s) not in found.losses]
     found.tokens.update({probe.block: probe.tokens for probe in members.probes})
     total = 0.0
     quantized = quantize_schemes(members.batch(rotated=rotated), schemes, settings.method)
@@ -164,9 +170,8 @@ def _measure(
 
 
 def _has_choice(blocks: Sequence[LinearBlock], settings: MeasureSettings) -> bool:
-    """Whether more than one scheme fits a block."""
-    widths = {block.in_features for block in blocks}
-    return any(sum(scheme.fits(k) for scheme in settings.schemes) > 1 for k in widths)
+    """Whether a block has more than one candidate."""
+    return any(len(settings.candidates(block)) > 1 for block in blocks)
 
 
 def _losses_of(
@@ -256,7 +261,7 @@ def _try_rotation(
     found = {False: _Found(), True: _Found()}
     totals = {False: 0.0, True: 0.0}
     for members in _members(adapter, visit, settings):
-        cheapest = [members.cheapest(settings.schemes)]
+        cheapest = [members.cheapest()]
         for rotated in (False, True):
             totals[rotated] += _measure(
                 members, found[rotated], rotated, context, settings, cheapest
@@ -277,16 +282,16 @@ def _members(
     for inputs in visit.sites.values():
         module = adapter.module(inputs.site)
         if is_fused_experts(module):
-            yield from _members_of_experts(adapter, inputs, limit)
+            yield from _members_of_experts(adapter, inputs, settings, limit)
             continue
         probes = [linear_probe(module, inputs, max_tokens=limit)]
         if last is None or last[0] is not inputs.x_TK:
             last = inputs.x_TK, _inputs_of(probes, None)
-        yield _Members(probes, _weights_of(adapter, probes), last[1])
+        yield _members_of(adapter, settings, probes, last[1])
 
 
 def _members_of_experts(
-    adapter: ModelAdapter, inputs: SiteInputs, limit: int | None
+    adapter: ModelAdapter, inputs: SiteInputs, settings: MeasureSettings, limit: int | None
 ) -> Iterator[_Members]:
     module = adapter.module(inputs.site)
     prior_KK = second_moments(
@@ -302,7 +307,7 @@ def _members_of_experts(
                 known = _inputs_of(probes, None)
             else:
                 known = shared = shared or _inputs_of(probes, prior_KK)
-            yield _Members(probes, _weights_of(adapter, probes), known)
+            yield _members_of(adapter, settings, probes, known)
 
 
 def _inputs_of(probes: Sequence[Probe], prior_KK: Tensor | None) -> BatchInputs:
@@ -310,8 +315,12 @@ def _inputs_of(probes: Sequence[Probe], prior_KK: Tensor | None) -> BatchInputs:
     return make_inputs(blocks, prior_KK)
 
 
-def _weights_of(adapter: ModelAdapter, probes: Sequence[Probe]) -> list[Tensor]:
-    return [adapter.weight(probe.block) for probe in probes]
+def _members_of(
+    adapter: ModelAdapter, settings: MeasureSettings, probes: Sequence[Probe], known: BatchInputs
+) -> _Members:
+    weights = [adapter.weight(probe.block) for probe in probes]
+    candidates = settings.candidates(adapter.block(probes[0].block))
+    return _Members(probes, weights, known, candidates)
 
 
 def _context(adapter: ModelAdapter, batches: Batches, visit: LayerVisit) -> LayerContext:

@@ -54,7 +54,7 @@ def measure(  # noqa: PLR0913  (who measures, and who watches, changes no loss)
         ValueError: If a weight or activation is not finite (names the block), or no scheme fits
             a block.
     """
-    check_fit(adapter.blocks(), settings.schemes)
+    check_fit(adapter.blocks(), settings)
     sharing = sharing or Sharing()
     done = _known(sharing)
     backwards = settings.sensitivity.needs_gradients

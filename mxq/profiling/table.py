@@ -15,11 +15,19 @@ UNROUTED_TOKENS = 0.5
 """An expert that no token reached is priced as if half a token had."""
 
 
-def check_fit(blocks: Sequence[LinearBlock], schemes: Sequence[Scheme]) -> None:
-    """Raise ValueError unless every block has a scheme that fits it."""
+def check_fit(blocks: Sequence[LinearBlock], settings: MeasureSettings) -> None:
+    """Raise ValueError unless every block has a candidate, and every list of them a block."""
+    projections = {block.projection for block in blocks}
+    unknown = sorted(set(settings.offered) - projections)
+    if unknown:
+        raise ValueError(
+            f"schemes are listed for the projection {unknown[0]!r}, which no block has; this model "
+            f"has {', '.join(sorted(projections))}"
+        )
     for block in blocks:
-        if not any(scheme.fits(block.in_features) for scheme in schemes):
-            menu = ", ".join(str(scheme) for scheme in schemes)
+        if not settings.candidates(block):
+            offered = settings.offered.get(block.projection, settings.schemes)
+            menu = ", ".join(str(scheme) for scheme in offered)
             raise ValueError(
                 f"{block.name} has {block.in_features} input features and none of {menu} has a "
                 "group size that divides them; add a scheme with a smaller group or 'grow'"

@@ -1,17 +1,17 @@
 """From a sensitivity table to an allocation: the questions that a user asks of the solver."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import inf
 
 import numpy as np
 
 from mxq.artifacts import Allocation, SensitivityTable
 from mxq.scheme import Scheme
-from mxq.search.cost import LatencyModel, storage_cost
-from mxq.search.granularity import group_labels
+from mxq.search.cost import LatencyModel
 from mxq.search.mxmoe import least_product
+from mxq.search.prepared import Prepared, Priced, group, layers_of, prepare, price
 from mxq.search.problem import (
     ROUNDING,
     AllocationProblem,
@@ -21,11 +21,8 @@ from mxq.search.problem import (
     InfeasibleError,
     Matrix,
     Solver,
-    tie,
 )
 from mxq.search.solvers import solver_named
-
-_STORAGE, _LATENCY = "storage bits", "latency us"
 
 
 def allocate(  # noqa: PLR0913 (each is a question of its own, and all have a default)
@@ -43,13 +40,15 @@ def allocate(  # noqa: PLR0913 (each is a question of its own, and all have a de
     objective: str = "loss",
     r: float = 0.75,
     gap: float = 1e-4,
+    ties: Sequence[Sequence[Hashable]] = (),
 ) -> Allocation:
     """The plan of least predicted loss within ``bits`` per weight or ``storage_bits`` in all.
 
     Both count metadata. ``granularity`` says which blocks share a scheme (see ``GRANULARITIES``),
-    ``tie_gate_up`` that gate and up of one parent do, and ``floor_bits`` is the least average in
-    each layer. ``cost_model`` and ``tokens``, those of one step, give latencies, and
-    ``max_latency_us`` limits the sum over the blocks. ``solver`` is a name or a callable.
+    ``tie_gate_up`` that gate and up of one parent do, ``ties`` that blocks with the same entry of
+    one of them do, and ``floor_bits`` is the least average in each layer. ``cost_model`` and
+    ``tokens``, those of one step, give latencies, and ``max_latency_us`` limits the sum over the
+    blocks. ``solver`` is a name or a callable.
 
     ``objective`` "mxmoe" is ``loss^r x latency^(1-r)``, each layer on its own with the same bits
     per weight; ``bound`` is then that of the loss alone and ``proven`` is about the product.
@@ -61,15 +60,44 @@ def allocate(  # noqa: PLR0913 (each is a question of its own, and all have a de
     """
     if objective not in _OBJECTIVES:
         raise ValueError(f"no objective {objective!r}; choose one of {', '.join(_OBJECTIVES)}")
-    priced = _priced(table, cost_model, tokens)
-    labels = group_labels(table.blocks, granularity, tie_gate_up=tie_gate_up)
+    priced = price(table, cost_model, tokens)
+    prepared = prepare(priced, granularity=granularity, tie_gate_up=tie_gate_up, ties=ties)
     limit = _limit(priced, bits, storage_bits)
     limits = (limit, floor_bits, max_latency_us)
-    question = _Question(priced, labels, *limits, solver_named(solver), r, gap)
-    answer = _OBJECTIVES[objective](question)
-    parts = [_spoken(objective, r), f"{granularity} granularity", *_spoken_limits(question)]
-    parts += ["gate and up tied"] if tie_gate_up else []
-    return _allocation(priced, answer, limit / priced.weights, ", ".join(parts))
+    return answer(Question(prepared, *limits, solver_named(solver), gap, objective, r))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Question:
+    """A prepared table with its limits: storage bits over all blocks, and those that may be None.
+
+    See ``allocate`` for each of them.
+    """
+
+    prepared: Prepared
+    limit: float
+    floor_bits: float | None
+    max_latency_us: float | None
+    solver: Solver
+    gap: float = 1e-4
+    objective: str = "loss"
+    r: float = 0.75
+
+
+def answer(question: Question) -> Allocation:
+    """What ``allocate`` returns, for a table that was prepared before.
+
+    Raises:
+        InfeasibleError: If no plan meets the limits.
+        ValueError: If the limits do not go together.
+        RuntimeError: If the solver neither found a plan nor ruled one out.
+    """
+    prepared = question.prepared
+    priced = prepared.priced
+    found = _OBJECTIVES[question.objective](question)
+    parts = [_spoken(question), f"{prepared.granularity} granularity", *_spoken_limits(question)]
+    parts += ["gate and up tied"] if prepared.tie_gate_up else []
+    return _allocation(priced, found, question.limit / priced.weights, ", ".join(parts))
 
 
 def uniform(
@@ -96,11 +124,13 @@ def uniform(
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(f"scheme {scheme} does not fit {', '.join(wrong[:3])}{more}")
-    priced = _priced(table, cost_model, tokens)
-    choice = np.full(len(table.blocks), column)
-    loss = _chosen_sum(priced.loss, choice)
-    asked = _chosen_sum(priced.storage, choice) / priced.weights
-    return _allocation(priced, _Answer(choice, loss, proven=True), asked, f"uniform {scheme}")
+    return _uniform(price(table, cost_model, tokens), column)
+
+
+def uniform_plans(priced: Priced) -> tuple[Allocation, ...]:
+    """The uniform plan of every scheme that fits all blocks."""
+    fits_S = np.isfinite(priced.loss).all(axis=0)
+    return tuple(_uniform(priced, int(column)) for column in np.flatnonzero(fits_S))
 
 
 def best_uniform(
@@ -112,7 +142,14 @@ def best_uniform(
     max_latency_us: float | None = None,
 ) -> Allocation | None:
     """The uniform plan of least predicted loss within the limits; None if none fits."""
-    plans = _uniform_plans(table, cost_model, tokens)
+    plans = uniform_plans(price(table, cost_model, tokens))
+    return least_loss_within(plans, storage_bits=storage_bits, max_latency_us=max_latency_us)
+
+
+def least_loss_within(
+    plans: Sequence[Allocation], *, storage_bits: float, max_latency_us: float | None = None
+) -> Allocation | None:
+    """The plan of least predicted loss among those within the limits; None if none is."""
     fitting = [
         plan
         for plan in plans
@@ -124,7 +161,8 @@ def best_uniform(
 
 def next_uniform(table: SensitivityTable, *, bits: float) -> Allocation | None:
     """The smallest uniform plan of more than that many bits per weight; None if there is none."""
-    larger = [plan for plan in _uniform_plans(table) if plan.bits_per_weight > bits]
+    plans = uniform_plans(price(table, None, None))
+    larger = [plan for plan in plans if plan.bits_per_weight > bits]
     return min(larger, key=lambda plan: plan.storage_bits, default=None)
 
 
@@ -144,50 +182,12 @@ def check_solved_on(plan: Allocation, table: SensitivityTable) -> None:
     )
 
 
-def _uniform_plans(
-    table: SensitivityTable, cost_model: LatencyModel | None = None, tokens: float | None = None
-) -> list[Allocation]:
-    return [
-        uniform(table, scheme, cost_model=cost_model, tokens=tokens)
-        for column, scheme in enumerate(table.schemes)
-        if all(np.isfinite(row[column]) for row in table.loss)
-    ]
-
-
 def pareto(
     table: SensitivityTable, points: Sequence[float], *, solver: str | Solver = "pulp"
 ) -> tuple[tuple[float, float], ...]:
     """Bits per weight reached and predicted loss, for each number of bits asked for."""
     plans = [allocate(table, bits=bits, solver=solver) for bits in points]
     return tuple((plan.bits_per_weight, plan.predicted_loss) for plan in plans)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Priced:
-    """A table as arrays [B, S], with what each entry costs."""
-
-    table: SensitivityTable
-    loss: Matrix
-    storage: Matrix
-    latency: Matrix | None
-    latency_source: str | None
-    weights_B: Matrix
-
-    @property
-    def weights(self) -> int:
-        return int(self.weights_B.sum())
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Question:
-    priced: _Priced
-    labels: tuple[str, ...]
-    limit: float
-    floor_bits: float | None
-    max_latency_us: float | None
-    solver: Solver
-    r: float
-    gap: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -199,31 +199,15 @@ class _Answer:
     proven: bool
 
 
-def _priced(
-    table: SensitivityTable, cost_model: LatencyModel | None, tokens: float | None
-) -> _Priced:
-    if (cost_model is None) != (tokens is None):
-        raise ValueError("latency needs both cost_model and tokens (the tokens of one step)")
-    latency, source = None, None
-    if cost_model is not None and tokens is not None:
-        latency = cost_model.latency_us(
-            table.blocks,
-            table.schemes,
-            tokens=tokens,
-            calibration_tokens=table.calibration_tokens,
-        )
-        source = f"{cost_model.describe()}, {tokens:g} tokens in a step"
-    return _Priced(
-        table,
-        np.array(table.loss, dtype=np.float64),
-        storage_cost(table.blocks, table.schemes),
-        latency,
-        source,
-        np.array([b.out_features * b.in_features for b in table.blocks], dtype=np.float64),
-    )
+def _uniform(priced: Priced, column: int) -> Allocation:
+    choice = np.full(len(priced.loss), column)
+    bound = _chosen_sum(priced.loss, choice)
+    asked = _chosen_sum(priced.storage, choice) / priced.weights
+    description = f"uniform {priced.table.schemes[column]}"
+    return _allocation(priced, _Answer(choice, bound, proven=True), asked, description)
 
 
-def _limit(priced: _Priced, bits: float | None, storage_bits: int | None) -> float:
+def _limit(priced: Priced, bits: float | None, storage_bits: int | None) -> float:
     if storage_bits is not None and bits is None:
         return float(storage_bits)
     if bits is not None and storage_bits is None:
@@ -231,62 +215,60 @@ def _limit(priced: _Priced, bits: float | None, storage_bits: int | None) -> flo
     raise ValueError("give either bits (per weight) or storage_bits (over all blocks)")
 
 
-def _least_loss(question: _Question) -> _Answer:
-    priced = question.priced
+def _least_loss(question: Question) -> _Answer:
+    priced, grouped = question.prepared.priced, question.prepared.grouped
     if question.max_latency_us is not None and priced.latency is None:
         raise ValueError("max_latency_us needs cost_model and tokens")
-    everything = np.arange(len(priced.loss))
-    problem, expand = _tied(question, everything, _floors(question))
+    problem = grouped.problem
     budgets = [_storage_within(problem, question.limit, priced.weights)]
     if question.max_latency_us is not None:
-        latency = problem.budgets[1]
-        budgets.append(Budget(latency.name, latency.cost, question.max_latency_us))
-    limited = AllocationProblem(problem.loss, tuple(budgets), problem.floors)
+        budgets.append(replace(problem.budgets[1], limit=question.max_latency_us))
+    limited = AllocationProblem(problem.loss, tuple(budgets), _floors(question))
     solution = question.solver(limited, gap=question.gap)
-    return _Answer(expand(solution.choice), solution.bound, solution.proven)
+    return _Answer(grouped.expand(solution.choice), solution.bound, solution.proven)
 
 
-def _least_product_by_layer(question: _Question) -> _Answer:
+def _least_product_by_layer(question: Question) -> _Answer:
     """MxMoE's allocation: each layer on its own, with its share of the budget."""
-    priced = question.priced
+    priced, labels = question.prepared.priced, question.prepared.labels
     if question.floor_bits is not None or question.max_latency_us is not None:
         raise ValueError("objective 'mxmoe' takes neither floor_bits nor max_latency_us")
     if question.r < 1 and priced.latency is None:
         raise ValueError("objective 'mxmoe' with r < 1 needs cost_model and tokens")
+    _check_within_layers(question.prepared)
     choice, bound, proven = np.zeros(len(priced.loss), dtype=np.intp), 0.0, True
-    for members in _layers(priced.table).values():
-        problem, expand = _tied(question, members, ())
+    for members in layers_of(priced.table).values():
+        grouped = group(priced, labels, members)
         weights = float(priced.weights_B[members].sum())
-        storage = _storage_within(problem, question.limit / priced.weights * weights, weights)
+        share = question.limit / priced.weights * weights
+        storage = _storage_within(grouped.problem, share, weights)
         product = least_product(
-            AllocationProblem(problem.loss, (storage,)),
-            problem.budgets[-1].cost,
+            AllocationProblem(grouped.problem.loss, (storage,)),
+            grouped.problem.budgets[-1].cost,
             r=question.r,
             solver=question.solver,
             gap=question.gap,
         )
-        choice[members] = expand(product.choice)
+        choice[members] = grouped.expand(product.choice)
         bound += product.least_loss
         proven = proven and product.proven
     return _Answer(choice, bound, proven)
 
 
-_OBJECTIVES: Mapping[str, Callable[[_Question], _Answer]] = {
+def _check_within_layers(prepared: Prepared) -> None:
+    layers: dict[str, int] = {}
+    for block, label in zip(prepared.priced.table.blocks, prepared.labels, strict=True):
+        if layers.setdefault(label, block.layer) != block.layer:
+            raise ValueError(
+                f"objective 'mxmoe' solves each layer alone, but {block.name} shares a scheme with "
+                f"blocks of layer {layers[label]}; use objective 'loss'"
+            )
+
+
+_OBJECTIVES: Mapping[str, Callable[[Question], _Answer]] = {
     "loss": _least_loss,
     "mxmoe": _least_product_by_layer,
 }
-
-
-def _tied(
-    question: _Question, members: Choice, floors: tuple[Floor, ...]
-) -> tuple[AllocationProblem, Callable[[Choice], Choice]]:
-    """Groups of the members, with all costs and no limits yet."""
-    priced = question.priced
-    budgets = [Budget(_STORAGE, priced.storage[members], inf)]
-    if priced.latency is not None:
-        budgets.append(Budget(_LATENCY, priced.latency[members], inf))
-    problem = AllocationProblem(priced.loss[members], tuple(budgets), floors)
-    return tie(problem, [question.labels[member] for member in members])
 
 
 def _storage_within(problem: AllocationProblem, limit: float, weights: float) -> Budget:
@@ -299,30 +281,18 @@ def _storage_within(problem: AllocationProblem, limit: float, weights: float) ->
             f"{cheapest / weights:.6g} ({cheapest:.0f} bits, metadata included); raise the "
             "budget, offer a cheaper scheme, or use a finer granularity"
         )
-    return Budget(storage.name, storage.cost, limit)
+    return replace(storage, limit=limit)
 
 
-def _floors(question: _Question) -> tuple[Floor, ...]:
+def _floors(question: Question) -> tuple[Floor, ...]:
     if question.floor_bits is None:
         return ()
-    priced = question.priced
-    return tuple(
-        Floor(
-            f"storage bits of layer {layer}",
-            members,
-            priced.storage[members],
-            question.floor_bits * float(priced.weights_B[members].sum()),
-        )
-        for layer, members in _layers(priced.table).items()
-    )
+    prepared = question.prepared
+    floors = zip(prepared.grouped.problem.floors, prepared.floor_weights, strict=True)
+    return tuple(replace(floor, minimum=question.floor_bits * weights) for floor, weights in floors)
 
 
-def _layers(table: SensitivityTable) -> Mapping[int, Choice]:
-    layer_B = np.array([block.layer for block in table.blocks])
-    return {int(layer): np.flatnonzero(layer_B == layer) for layer in np.unique(layer_B)}
-
-
-def _allocation(priced: _Priced, answer: _Answer, asked: float, description: str) -> Allocation:
+def _allocation(priced: Priced, answer: _Answer, asked: float, description: str) -> Allocation:
     table, choice = priced.table, answer.choice
     latency = None if priced.latency is None else _chosen_sum(priced.latency, choice)
     return Allocation(
@@ -348,11 +318,13 @@ def _chosen_sum(values: Matrix, choice: Choice) -> float:
     return float(values[np.arange(len(choice)), choice].sum())
 
 
-def _spoken(objective: str, r: float) -> str:
-    return "least loss" if objective == "loss" else f"least loss^{r:g} x time^{1 - r:g} by layer"
+def _spoken(question: Question) -> str:
+    r = question.r
+    by_layer = f"least loss^{r:g} x time^{1 - r:g} by layer"
+    return "least loss" if question.objective == "loss" else by_layer
 
 
-def _spoken_limits(question: _Question) -> list[str]:
+def _spoken_limits(question: Question) -> list[str]:
     parts = []
     if question.floor_bits is not None:
         parts.append(f"at least {question.floor_bits:g} bits in each layer")

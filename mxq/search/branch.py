@@ -70,6 +70,9 @@ def solve(
             for choice in answer.choices:
                 incumbent = incumbent.or_better(core.whole(choice), problem)
             continue
+        if time.monotonic() >= deadline:
+            heapq.heappush(heap, (core.bound, next(order), core))
+            break
         for child in _branches(core):
             incumbent = with_plan_near(child, incumbent, problem)
             heapq.heappush(heap, (child.bound, next(order), child))
@@ -133,7 +136,7 @@ def _branches(core: Core) -> list[Core]:
 def _no_plan(problem: AllocationProblem, *, ruled_out: bool) -> Exception:
     limits = [f"{budget.name!r} (at most {budget.limit:.6g})" for budget in problem.budgets]
     limits += [f"{floor.name!r} (at least {floor.minimum:.6g})" for floor in problem.floors]
-    names = ", ".join(limits)
+    names = ", ".join(limits[:3]) + (f" and {len(limits) - 3} more" if len(limits) > 3 else "")
     if ruled_out:
         return InfeasibleError(
             f"{names}: each limit can be met, but not all together; relax one of them"

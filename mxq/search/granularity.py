@@ -1,6 +1,6 @@
 """Which blocks share a scheme: the group of each block, for ``mxq.search.problem.tie``."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 from mxq.artifacts import BlockInfo
 
@@ -34,12 +34,12 @@ def group_labels(
     if granularity not in GRANULARITIES:
         menu = ", ".join(GRANULARITIES)
         raise ValueError(f"no granularity {granularity!r}; choose one of {menu}")
-    labels = [GRANULARITIES[granularity](block) for block in blocks]
-    return _merged(blocks, labels) if tie_gate_up else tuple(labels)
+    labels = tuple(GRANULARITIES[granularity](block) for block in blocks)
+    return joined_labels(labels, _pairs(blocks)) if tie_gate_up else labels
 
 
-def _merged(blocks: Sequence[BlockInfo], labels: Sequence[str]) -> tuple[str, ...]:
-    """The labels after joining the groups that a gate and an up projection connect."""
+def joined_labels(labels: Sequence[str], ties: Sequence[Hashable]) -> tuple[str, ...]:
+    """The labels after joining the groups whose blocks have the same tie; None ties nothing."""
     joined = {label: label for label in labels}
 
     def root(label: str) -> str:
@@ -47,9 +47,13 @@ def _merged(blocks: Sequence[BlockInfo], labels: Sequence[str]) -> tuple[str, ..
             label = joined[label]
         return label
 
-    partner: dict[str, str] = {}
-    for block, label in zip(blocks, labels, strict=True):
-        if block.projection in GATE_UP:
-            parent = block.name.rpartition(".")[0]
-            joined[root(label)] = root(partner.setdefault(parent, label))
+    partner: dict[Hashable, str] = {}
+    for tie, label in zip(ties, labels, strict=True):
+        if tie is not None:
+            joined[root(label)] = root(partner.setdefault(tie, label))
     return tuple(root(label) for label in labels)
+
+
+def _pairs(blocks: Sequence[BlockInfo]) -> list[str | None]:
+    """The parent of each gate and up projection."""
+    return [b.name.rpartition(".")[0] if b.projection in GATE_UP else None for b in blocks]

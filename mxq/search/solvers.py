@@ -1,6 +1,9 @@
 """The solvers by name; the one that needs PuLP is imported when it is first called."""
 
 from collections.abc import Mapping
+from functools import partial
+
+import numpy as np
 
 from mxq.search.problem import AllocationProblem, Solution, Solver
 from mxq.search.solver_lagrangian import solve_lagrangian
@@ -19,13 +22,40 @@ SOLVERS: Mapping[str, Solver] = {"pulp": solve_pulp, "lagrangian": solve_lagrang
 
 
 def solver_named(solver: str | Solver) -> Solver:
-    """A solver by its name; a callable is returned as it is.
+    """A solver by its name; a callable with its plans checked.
 
     Raises:
         ValueError: If there is no solver of that name.
     """
     if not isinstance(solver, str):
-        return solver
+        return partial(_solve_checked, solver)
     if solver not in SOLVERS:
         raise ValueError(f"no solver {solver!r}; choose one of {', '.join(SOLVERS)}")
     return SOLVERS[solver]
+
+
+def _solve_checked(
+    solver: Solver, problem: AllocationProblem, *, gap: float = 1e-4, time_limit_s: float = 60.0
+) -> Solution:
+    """The solution of a caller's own solver, with its loss counted here.
+
+    Raises:
+        ValueError: If it is no plan, breaks a limit, or claims a bound above its own loss.
+    """
+    found = solver(problem, gap=gap, time_limit_s=time_limit_s)
+    choice = np.asarray(found.choice)
+    blocks, schemes = problem.loss.shape
+    is_choice = choice.shape == (blocks,) and np.issubdtype(choice.dtype, np.integer)
+    if not is_choice or choice.min() < 0 or choice.max() >= schemes:
+        raise ValueError(
+            f"the solver's choice is {choice.dtype} of shape {choice.shape}; expected a scheme "
+            f"number from 0 to {schemes - 1} for each of {blocks} blocks"
+        )
+    if not problem.is_feasible(choice):
+        raise ValueError("the solver's plan takes a scheme that is not available or breaks a limit")
+    loss = problem.total_loss(choice)
+    if found.bound > loss + abs(loss) * 1e-9:
+        raise ValueError(
+            f"the solver claims the bound {found.bound:.6g}, above its loss {loss:.6g}"
+        )
+    return Solution(choice, loss, found.bound, found.proven)

@@ -25,6 +25,8 @@ from mxq.checkpoint.format import CheckpointPlan
 from mxq.checkpoint.load import MxqConfig, check_files, check_tensors, swap_modules
 from mxq.checkpoint.pack import PackedLayer
 from mxq.config import AllocateOptions, parse_shapes, parse_size
+from mxq.engines.compressed import read_compressed
+from mxq.engines.gptq import read_gptq
 from mxq.heldout import MeasuredLoss
 from mxq.models.files import checkpoint_files, is_inside, open_safetensors
 from mxq.models.source import open_source
@@ -177,11 +179,28 @@ def spellings(data: bytes, folder: Path) -> None:
             assert str(Scheme.parse(text)) == text
 
 
+def exported_config(data: bytes, folder: Path) -> None:
+    """``quantization_config`` of other tools, as ``mxq check`` reads it."""
+    place = (data[0] if data else 0) % 2
+    fields = edited((_compressed(), _gptq())[place], data[1:])
+    if not isinstance(fields, dict):
+        return
+    name = "model.layers.0.mlp.experts.1.up_proj"
+    if place == 0:
+        config = read_compressed(fields)
+        group = config.group_of(name)
+        assert group is None or group in config.groups
+        assert config.is_ignored(name) in (True, False)
+    else:
+        assert read_gptq(fields).format_of(name).storage in ("packed", "dense")
+
+
 TARGETS: Mapping[str, Target] = {
     function.__name__: function
     for function in (
         *(plan_fields, plan_modules, safetensors_header, index_file, model_config, model_header),
         *(artifact, artifact_document, calibration_tokens, device_file, text_rows, spellings),
+        exported_config,
     )
 }
 
@@ -254,6 +273,23 @@ def _plan_with(files):
         "rotated": [f"{shared}.up_proj", "model.layers.0.mlp.experts"],
         "files": files,
     }
+
+
+@cache
+def _compressed():
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
+    group = {
+        "targets": ["re:.*experts.*", "model.a.b", "Linear"],
+        "weights": {**weights, "group_size": 128, "actorder": None},
+        "input_activations": {"strategy": "token", "num_bits": 8, "dynamic": True},
+    }
+    return {"format": "pack-quantized", "ignore": ["lm_head"], "config_groups": {"a": group}}
+
+
+@cache
+def _gptq():
+    dynamic = {"-:.*gate$": {}, "+:.*up": {"bits": 8}}
+    return {"bits": 4, "group_size": 128, "sym": True, "desc_act": False, "dynamic": dynamic}
 
 
 @cache

@@ -1,18 +1,22 @@
 """Checkpoints: what keeps its type when loaded, and what is refused."""
 
+import copy
 import json
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from checkpoints import edit_config, tensors_of, write_checkpoint
 from safetensors.torch import save_file
 from tiny import logits_of, save_tiny, token_ids
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.utils import hub
 
 from mxq.quantizers import quantize_gptq, quantize_rtn
 
@@ -110,10 +114,81 @@ def test_a_layer_called_for_its_weight_decodes_it(dense):
     assert linear.weight.shape == (linear.out_features, linear.in_features)
 
 
-def test_save_pretrained_of_a_loaded_model_refuses(moe, tmp_path):
-    with pytest.raises(ValueError, match=r"mxq and is not serializable"):
-        load(moe).save_pretrained(tmp_path / "again")
-    assert not (tmp_path / "again" / "config.json").exists()
+# Saving a loaded model
+
+
+def test_save_pretrained_writes_the_same_checkpoint(moe, tmp_path):
+    model = load(moe)
+    model.generation_config.max_length = 77
+    model.save_pretrained(tmp_path / "again")
+    for path in [*moe.glob("*.safetensors*"), moe / "config.json"]:
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
+    again = load(tmp_path / "again")
+    ids = token_ids(2, 8)
+    assert torch.equal(logits_of(again, ids), logits_of(load(moe), ids))
+    assert again.generation_config.max_length == 77
+
+
+def test_a_model_is_saved_over_the_folder_that_it_was_loaded_from(copied):
+    before = {path.name: path.read_bytes() for path in copied.glob("*.safetensors")}
+    load(copied).save_pretrained(copied)
+    assert {path.name: path.read_bytes() for path in copied.glob("*.safetensors")} == before
+
+
+def test_a_deep_copy_is_saved_for_itself(dense, tmp_path):
+    model = load(dense)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.model.norm.weight += 1
+    model.save_pretrained(tmp_path / "first")
+    with pytest.raises(ValueError, match=r"model\.norm\.weight was changed since"):
+        other.save_pretrained(tmp_path / "second")
+    assert not (tmp_path / "second").exists()
+
+
+def test_a_saved_model_does_not_outlive_its_last_name(dense):
+    model = weakref.ref(load(dense))
+    assert model() is None
+
+
+@pytest.mark.parametrize("change", ["weights", "config.json", "shard"])
+def test_a_model_whose_files_are_gone_or_others_is_not_saved(dense, copied, tmp_path, change):
+    model = load(copied)
+    if change == "weights":
+        with torch.no_grad():
+            model.model.embed_tokens.weight[3, 5] += 1
+    elif change == "shard":
+        first_shard(copied).unlink()
+    else:
+        edit_config(copied, lambda fields: fields["quantization_config"]["files"].popitem())
+    expected = "embed_tokens.weight was changed" if change == "weights" else "is gone or holds anot"
+    with pytest.raises(ValueError, match=expected):
+        model.save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_saving_with_push_to_hub_uploads_what_was_saved(moe, tmp_path, monkeypatch):
+    api = Mock(**{"create_repo.return_value.repo_id": "me/it"})
+    monkeypatch.setattr("mxq.checkpoint.save.HfApi", lambda token: api)
+    load(moe).save_pretrained(tmp_path / "it", push_to_hub=True, private=True, token=None)
+    api.create_repo.assert_called_once_with("it", exist_ok=True, private=True)
+    api.upload_folder.assert_called_once_with(folder_path=tmp_path / "it", repo_id="me/it")
+
+
+def test_push_to_hub_uploads_the_checkpoint(moe, monkeypatch):
+    uploaded = {}
+
+    def upload(model, folder, repository, **options):
+        uploaded[repository] = sorted(path.name for path in Path(folder).iterdir())
+
+    monkeypatch.setattr(PreTrainedModel, "_upload_modified_files", upload)
+    monkeypatch.setattr(
+        hub, "hf_api", lambda: Mock(**{"create_repo.return_value.repo_id": "me/it"})
+    )
+    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *_, **__: Mock())
+    load(moe).push_to_hub("it")
+    wanted = {path.name for path in moe.glob("*.safetensors*")} | {"config.json"}
+    assert wanted <= set(uploaded["me/it"])
 
 
 # What it was fitted to

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,6 +16,7 @@ from mxq.heldout import MeasuredLoss
 from mxq.profiling.sensitivity import Sensitivity
 from mxq.quantizers import quantize_rtn
 from mxq.scheme import Scheme
+from mxq.search.problem import Solution
 from mxq.storage import load_artifact
 
 MENU = "w2a16_g32_asym,w3a16_g32_asym,w4a16_g32_asym,w8a16_g32_asym"
@@ -202,6 +204,57 @@ def test_an_unknown_part_is_refused_with_the_menu(model, tmp_path):
     for option in ("quantizer", "sensitivity"):
         with pytest.raises(ValueError, match=f"{option} 'magic' is unknown; choose one of "):
             mxq.quantize(model, output=tmp_path / "out", bits=4, **{**FAST, option: "magic"})
+
+
+def test_a_solver_of_the_callers_own_makes_the_plan_each_time(quantized):
+    calls = []
+
+    def dearest(problem, *, gap=0.0, time_limit_s=0.0):
+        calls.append(problem)
+        cost = np.where(np.isfinite(problem.loss), problem.budgets[0].cost, -np.inf)
+        # As many blocks as the budget allows get their dearest scheme, the others the cheapest.
+        choice = np.argmin(np.where(cost < 0, np.inf, cost), axis=1)
+        for block in range(len(choice)):
+            dear = choice.copy()
+            dear[block] = np.argmax(cost[block])
+            choice = dear if problem.is_feasible(dear) else choice
+        return Solution(choice, problem.total_loss(choice), 0.0, proven=False)
+
+    for run in range(2):
+        plan = quantized(bits=4, solver=dearest, guard=False, overwrite=True).plans["plan"]
+        assert len(calls) == run + 1
+    assert {scheme.w_bits for scheme in plan.schemes.values()} == {2, 8}
+    assert not plan.proven
+
+
+@pytest.mark.parametrize(
+    "schemes",
+    [
+        {"*": "w2a16_g32_asym,w3a16_g32_asym", "down": ["w4a16_g32_asym", "w8a16_g32_asym"]},
+        "w2a16_g32_asym,w3a16_g32_asym; down = w4a16_g32_asym,w8a16_g32_asym",
+    ],
+    ids=["mapping", "text"],
+)
+def test_a_projection_has_candidates_of_its_own(quantized, tmp_path, schemes):
+    result = quantized(bits=3.6, schemes=schemes, work=tmp_path / "work", guard=False)
+    table = pipeline.Workspace(tmp_path / "work").sensitivity()
+    for block, row in zip(table.blocks, table.loss, strict=True):
+        offered = {s.w_bits for s, loss in zip(table.schemes, row, strict=True) if loss < np.inf}
+        assert offered == ({4, 8} if block.projection == "down" else {2, 3}), block.name
+    chosen = {(b.projection, result.plans["plan"].schemes[b.name].w_bits) for b in result.blocks}
+    assert {("down", 4), ("gate", 2), ("gate", 3)} <= chosen
+
+
+def test_candidates_of_a_projection_that_no_block_has_are_refused(quantized):
+    with pytest.raises(ValueError, match=r"projection 'gate_up', which no block has; .* down, .*"):
+        quantized(bits=4, schemes={"*": MENU, "gate_up": "w8a16_g32_asym"})
+
+
+def test_ends_of_steps_go_to_the_log(quantized, tmp_path, caplog):
+    caplog.set_level("INFO", logger="mxq")
+    quantized(plan="uniform:w3a16_grow_sym", work=tmp_path / "work")
+    said = {record.getMessage() for record in caplog.records}
+    assert {"measure: forward, all 2 done", "pack plan: pack, all 2 done"} <= said
 
 
 # The guard

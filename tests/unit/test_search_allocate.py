@@ -20,6 +20,7 @@ from mxq.search import (
     uniform,
 )
 from mxq.search.allocate import check_solved_on
+from mxq.search.problem import Solution
 
 SCHEMES = parse_schemes("w2a16_g128_asym,w4a16_g128_asym,w8a8_grow_sym,bf16")
 H200 = CostModel(load_device("h200"))
@@ -316,3 +317,37 @@ def test_a_solver_of_ones_own_is_a_callable():
 
     assert allocate(table(), bits=5, solver=mine, gap=1e-3).proven
     assert asked == [1e-3]
+
+
+def over_budget(problem):
+    choice = np.argmax(problem.budgets[0].cost, axis=1)
+    return Solution(choice, 0.0, 0.0, proven=True)
+
+
+def bound_too_high(problem):
+    choice = np.argmin(problem.budgets[0].cost, axis=1)
+    return Solution(choice, 0.0, problem.total_loss(choice) * 1.01, proven=True)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (over_budget, "breaks a limit"),
+        (bound_too_high, "above its loss"),
+        (lambda p: Solution(np.zeros(3, dtype=int), 0.0, 0.0, proven=True), r"int64 of shape \(3,"),
+        (lambda p: Solution(np.full(len(p.loss), -1), 0.0, 0.0, proven=True), "from 0 to"),
+        (lambda p: Solution(np.zeros(len(p.loss)), 0.0, 0.0, proven=True), "is float64"),
+    ],
+)
+def test_a_wrong_answer_of_ones_own_solver_is_refused(answer, message):
+    with pytest.raises(ValueError, match=message):
+        allocate(table(), bits=5, solver=lambda problem, **options: answer(problem))
+
+
+def test_the_loss_of_ones_own_solver_is_counted_again():
+    def boasts(problem, **options):
+        found = SOLVERS["lagrangian"](problem, **options)
+        return Solution(found.choice, 0.0, found.bound, found.proven)
+
+    honest = allocate(table(), bits=5, solver="lagrangian")
+    assert allocate(table(), bits=5, solver=boasts).predicted_loss == honest.predicted_loss

@@ -188,6 +188,22 @@ def test_a_value_of_another_type_is_refused_and_not_converted(tmp_path, change, 
     assert str(caught.value).startswith(f"{path} lacks what this mxq needs (")
 
 
+def test_a_plan_that_is_older_than_its_engine_is_read(tmp_path):
+    path = tmp_path / "plan.json"
+    save_artifact(path, ALLOCATION)
+    content = json.loads(path.read_text())["content"]
+    for name in ("engine", "tensor_parallel", "unrestricted_loss"):
+        del content[name]
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    checksum = hashlib.sha256(text.encode()).hexdigest()
+    edit(path, content=content, sha256=checksum)
+    assert load_artifact(path, Allocation) == replace(ALLOCATION, engine=None, tensor_parallel=1)
+    del content["storage_bits"]
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    edit(path, content=content, sha256=hashlib.sha256(text.encode()).hexdigest())
+    refused(path, Allocation, "lacks what this mxq needs (Allocation has no storage_bits)")
+
+
 def test_a_document_nested_too_deep_is_refused(file):
     file.write_text("[" * 100_000)
     refused(file, SensitivityTable, "is not an mxq artifact: RecursionError")

@@ -1,0 +1,50 @@
+"""What an export makes of a checkpoint: decided before anything is read or written."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from mxq.checkpoint.export.packed import PackedBlock, PackedCheckpoint, Shard
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """What a format leaves to choose.
+
+    ``dtype`` is the type of dequantized weights, None for bfloat16. ``checkpoint_format`` is
+    the version of the gptq layout, None for the oldest that holds the plan.
+    """
+
+    dtype: str | None = None
+    checkpoint_format: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Modules that are written in one way; ``written_as`` says how, for a reader."""
+
+    scheme: str
+    modules: int
+    written_as: str
+
+
+@dataclass(frozen=True, slots=True)
+class ExportPlan:
+    """How each file is converted, and what is said of the result.
+
+    ``convert`` gives the tensors of a file by the names that they get, ``block_bytes`` the bytes of
+    a block there. ``quantization_config`` is None where the result is a plain model.
+    ``warnings`` are cases that are known to go wrong elsewhere, each a sentence.
+    """
+
+    convert: Callable[[Shard], Mapping[str, Tensor]]
+    block_bytes: Callable[[PackedBlock], int]
+    quantization_config: Mapping[str, Any] | None
+    groups: tuple[Group, ...]
+    warnings: tuple[str, ...]
+
+
+Exporter = Callable[[PackedCheckpoint, ExportOptions], ExportPlan]
+"""Plans an export; ValueError where the format cannot hold the checkpoint."""

@@ -1,0 +1,139 @@
+"""Plans of one table, one after the other: what does not depend on the budget is made once.
+
+The plan is the one that ``mxq.search.allocate`` gives with the same limits and solver.
+"""
+
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from threading import Lock
+
+import numpy as np
+
+from mxq.artifacts import Allocation, SensitivityTable
+from mxq.config import AllocateOptions
+from mxq.search.allocate import Question, answer, least_loss_within, uniform_plans
+from mxq.search.cost import LatencyModel
+from mxq.search.prepared import Prepared, prepare, price
+from mxq.search.problem import InfeasibleError
+from mxq.search.solver_lagrangian import solve_lagrangian
+
+SOLVER_SECONDS = 0.5
+"""When the solver stops to prove that a plan is the best one; what it has by then is shown."""
+
+Restricted = tuple[Sequence[SensitivityTable], Sequence[Sequence[Hashable]]]
+"""Tables with infinite loss for what may not be chosen, of which a plan keeps to one, and ties."""
+
+Restrict = Callable[[SensitivityTable, AllocateOptions], Restricted]
+"""What the engine of the options leaves of a table; raises ValueError if that is nothing."""
+
+
+def unrestricted(table: SensitivityTable, options: AllocateOptions) -> Restricted:
+    """The table as it is: mxq's own runtime takes every plan."""
+    return (table,), ()
+
+
+@dataclass(frozen=True, slots=True)
+class Explored:
+    """A plan, the uniform plan beside it, and how it was found.
+
+    ``uniform`` is None where no uniform plan fits, or where a floor is asked for, which a uniform
+    plan keeps only by chance. ``groups`` is the number of choices that the solver made.
+    """
+
+    plan: Allocation
+    uniform: Allocation | None
+    groups: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rules:
+    """Everything for one set of rules: the tables, of which a plan keeps to one, and their groups.
+
+    ``uniforms`` are the uniform plans that keep the rules.
+    """
+
+    prepared: tuple[Prepared, ...]
+    uniforms: tuple[Allocation, ...]
+
+
+class Session:
+    """A table with its prices, and what was prepared for each set of rules that was asked for."""
+
+    def __init__(
+        self,
+        table: SensitivityTable,
+        *,
+        cost_model: LatencyModel | None = None,
+        tokens: float | None = None,
+        restrict: Restrict = unrestricted,
+        solver_seconds: float = SOLVER_SECONDS,
+    ) -> None:
+        self.priced = price(table, cost_model, tokens)
+        self.uniforms = uniform_plans(self.priced)
+        self._restrict = restrict
+        self._solver = partial(solve_lagrangian, time_limit_s=solver_seconds)
+        self._rules: dict[AllocateOptions, _Rules] = {}
+        self._lock = Lock()
+
+    def solve(self, options: AllocateOptions) -> Explored:
+        """The plan of least predicted loss for these options; one at a time.
+
+        Raises:
+            ValueError: If no plan meets the limits; the message says what would be needed.
+            RuntimeError: If the solver neither found a plan nor ruled one out.
+        """
+        assert options.bits is not None
+        limit = options.bits * self.priced.weights
+        with self._lock:
+            start = time.perf_counter()
+            rules = self._rules_of(options)
+            limits = (limit, options.floor_bits, options.max_latency_us)
+            plan = _best([Question(prepared, *limits, self._solver) for prepared in rules.prepared])
+            seconds = time.perf_counter() - start
+        beside = None
+        if options.floor_bits is None:
+            beside = least_loss_within(
+                rules.uniforms, storage_bits=int(limit), max_latency_us=options.max_latency_us
+            )
+        return Explored(plan, beside, len(rules.prepared[0].grouped.problem.loss), seconds)
+
+    def _rules_of(self, options: AllocateOptions) -> _Rules:
+        key = replace(options, bits=16.0, floor_bits=None, max_latency_us=None)
+        if key not in self._rules:
+            self._rules[key] = self._prepare(options)
+        return self._rules[key]
+
+    def _prepare(self, options: AllocateOptions) -> _Rules:
+        tables, ties = self._restrict(self.priced.table, options)
+        # Prices are of blocks and schemes, which a restriction leaves as they are.
+        allowed = [
+            replace(self.priced, table=table, loss=np.array(table.loss, dtype=np.float64))
+            for table in tables
+        ]
+        return _Rules(
+            tuple(
+                prepare(
+                    priced,
+                    granularity=options.granularity,
+                    tie_gate_up=options.tie_gate_up,
+                    ties=ties,
+                )
+                for priced in allowed
+            ),
+            tuple(plan for priced in allowed for plan in uniform_plans(priced)),
+        )
+
+
+def _best(questions: Sequence[Question]) -> Allocation:
+    """The plan of least loss; a table without a plan is passed over if another one has one."""
+    plans: list[Allocation] = []
+    for place, question in enumerate(questions):
+        try:
+            plans.append(answer(question))
+        except InfeasibleError:
+            if not plans and place == len(questions) - 1:
+                raise
+    return min(plans, key=lambda plan: plan.predicted_loss)

@@ -1,0 +1,220 @@
+"""What ``--engine`` changes in a run: the schemes that are measured, rotation, and the plan.
+
+The rules themselves are in ``mxq.engines``; here they meet the options, the model and the table.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from math import inf
+
+from mxq.artifacts import Allocation, BlockInfo, SensitivityTable
+from mxq.config import AllocateOptions, MeasureOptions
+from mxq.engines import (
+    EngineRules,
+    Restriction,
+    fitting_schemes,
+    format_warnings,
+    load_rules,
+    restrict,
+)
+from mxq.models.adapter import ModelAdapter
+from mxq.profiling.losses import MeasureSettings
+from mxq.scheme import Scheme
+from mxq.search.problem import InfeasibleError
+
+Ties = Sequence[Sequence[Hashable]]
+
+
+@dataclass(frozen=True, slots=True)
+class Inside:
+    """A table with infinite loss for all that an engine does not take, and what it ties.
+
+    There are several tables where an engine takes schemes of one sort or of another, not of both.
+    """
+
+    rules: EngineRules
+    restriction: Restriction
+    tables: tuple[SensitivityTable, ...]
+
+
+def inside(table: SensitivityTable, options: AllocateOptions) -> Inside | None:
+    """What the engine of the options leaves of a table; None without an engine.
+
+    Raises:
+        ValueError: If the engine takes nothing for some block, or the inputs are rotated.
+    """
+    if options.engine is None:
+        return None
+    rules = load_rules(options.engine)
+    _check_rotation(rules, table)
+    restriction = restrict(rules, table.blocks, table.schemes, options.tensor_parallel)
+    tables = tuple(
+        replace(
+            table,
+            loss=tuple(
+                tuple(loss if may else inf for loss, may in zip(losses, row, strict=True))
+                for losses, row in zip(table.loss, allowed, strict=True)
+            ),
+        )
+        for allowed in restriction.alternatives
+    )
+    return Inside(rules, restriction, tables)
+
+
+def best_inside(found: Inside, solve: Callable[[SensitivityTable, Ties], Allocation]) -> Allocation:
+    """The plan of least loss among the alternatives.
+
+    Raises:
+        InfeasibleError: If none of them has a plan, with what the last of them lacks.
+    """
+    plans, failed = [], None
+    for table in found.tables:
+        try:
+            plans.append(solve(table, found.restriction.ties))
+        except InfeasibleError as error:
+            failed = error
+    if not plans:
+        raise InfeasibleError(f"inside the rules of {found.rules.title}: {failed}")
+    return min(plans, key=lambda plan: plan.predicted_loss)
+
+
+def marked(plan: Allocation, found: Inside | None, unrestricted: float | None) -> Allocation:
+    """The plan with the engine that it was solved for, and the loss of the best plan without it.
+
+    A plan inside the rules is one without them too, so it bounds the best of those.
+    """
+    if found is None:
+        return plan
+    ranks = found.restriction.tensor_parallel
+    on = f" on {ranks} ranks" if ranks > 1 else ""
+    return replace(
+        plan,
+        engine=found.rules.engine,
+        tensor_parallel=ranks,
+        unrestricted_loss=None if unrestricted is None else min(unrestricted, plan.predicted_loss),
+        description=f"{plan.description}, inside the rules of {found.rules.title} "
+        f"{found.rules.version}{on}",
+    )
+
+
+def measured_for(
+    adapter: ModelAdapter, options: AllocateOptions, measured: MeasureOptions
+) -> MeasureOptions:
+    """The measuring options with only what the engine takes; as they are without an engine.
+
+    Raises:
+        ValueError: If the options ask for what the engine does not take.
+    """
+    if options.engine is None:
+        return measured
+    rules, blocks = load_rules(options.engine), block_infos(adapter)
+    if not rules.of_kind("not rotated"):
+        return replace(measured, schemes=_menu(rules, blocks, options, measured))
+    if measured.rotation == "on":
+        rule = rules.of_kind("not rotated")[0]
+        raise ValueError(f"--rotation on does not go with --engine {rules.engine}: {rule.says}")
+    return replace(measured, schemes=_menu(rules, blocks, options, measured), rotation="off")
+
+
+def notes_for(options: AllocateOptions, measured: MeasureOptions) -> tuple[str, ...]:
+    """What the engine changes in a run, for who starts it."""
+    if options.engine is None:
+        return ()
+    rules = load_rules(options.engine)
+    ranks = f", {options.tensor_parallel} ranks" if options.tensor_parallel > 1 else ""
+    return (
+        f"For {rules.title} {rules.version}{ranks}: rotation is {measured.rotation}, and only "
+        f"{', '.join(str(scheme) for scheme in measured.schemes)} are measured.",
+        *format_warnings(rules, measured.schemes),
+    )
+
+
+def choices_of(
+    adapter: ModelAdapter, options: AllocateOptions, settings: MeasureSettings
+) -> list[list[list[Scheme]]]:
+    """The schemes that each block may have, for each alternative that an engine leaves.
+
+    Raises:
+        ValueError: If the engine takes none of the candidates of some block.
+    """
+    candidates = [settings.candidates(block) for block in adapter.blocks()]
+    if options.engine is None:
+        return [candidates]
+    rules, ranks = load_rules(options.engine), options.tensor_parallel
+    taken = restrict(rules, block_infos(adapter), settings.schemes, ranks).alternatives
+    choices = [
+        [
+            [s for s, may in zip(settings.schemes, row, strict=True) if may and s in offered]
+            for row, offered in zip(allowed, candidates, strict=True)
+        ]
+        for allowed in taken
+    ]
+    left = [each for each in choices if all(each)]
+    if not left:
+        place = next(place for place, may in enumerate(choices[0]) if not may)
+        raise ValueError(
+            f"{rules.title} {rules.version} takes none of the schemes that are listed for "
+            f"{adapter.blocks()[place].name}; mxq check --engine {rules.engine} shows its rules"
+        )
+    return left
+
+
+def block_infos(adapter: ModelAdapter) -> tuple[BlockInfo, ...]:
+    """The blocks of a model that was not run, so without tokens."""
+    return tuple(
+        BlockInfo(
+            name=block.name,
+            layer=block.layer,
+            expert=block.expert,
+            projection=block.projection,
+            out_features=block.out_features,
+            in_features=block.in_features,
+            tokens=0,
+            site=adapter.site_of(block),
+        )
+        for block in adapter.blocks()
+    )
+
+
+def _menu(
+    rules: EngineRules,
+    blocks: Sequence[BlockInfo],
+    options: AllocateOptions,
+    measured: MeasureOptions,
+) -> tuple[Scheme, ...]:
+    """The schemes asked for, or the default ones of the engine.
+
+    Raises:
+        ValueError: If the engine takes one of them for no block, or some block has none.
+    """
+    ranks = options.tensor_parallel
+    schemes = measured.schemes or fitting_schemes(rules, blocks, ranks)
+    listed = {scheme for menu in measured.by_projection.values() for scheme in menu}
+    offered = tuple(sorted({*schemes, *listed}))
+    found = restrict(rules, blocks, offered, ranks)
+    used = {
+        scheme
+        for allowed in found.alternatives
+        for row in allowed
+        for scheme, may in zip(offered, row, strict=True)
+        if may
+    }
+    unused = [str(scheme) for scheme in offered if scheme not in used]
+    if unused:
+        raise ValueError(
+            f"{rules.title} {rules.version} takes {', '.join(unused)} for no block of this model; "
+            f"leave them out of --schemes (mxq check --engine {rules.engine} shows its rules)"
+        )
+    return schemes
+
+
+def _check_rotation(rules: EngineRules, table: SensitivityTable) -> None:
+    if not table.rotated_layers or not rules.of_kind("not rotated"):
+        return
+    layers = ", ".join(str(layer) for layer in table.rotated_layers[:5])
+    more = ", ..." if len(table.rotated_layers) > 5 else ""
+    raise ValueError(
+        f"the inputs of layers {layers}{more} were measured rotated, which {rules.title} does not "
+        "read; measure again with mxq measure --rotation off, or mxq quantize "
+        f"--engine {rules.engine}, in another work folder"
+    )

@@ -1,0 +1,123 @@
+"""The linears of a checkpoint as its safetensors headers show them, in any of three layouts."""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mxq.artifacts import BlockInfo
+from mxq.engines import DENSE, StoredFormat
+from mxq.models.files import checkpoint_files, open_safetensors
+
+WORD_BITS = 32
+
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.([^.]+)", re.ASCII)
+_LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)", re.ASCII)
+_EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe)$", re.ASCII)
+
+_WEIGHTS = ("weight_packed", "qweight", "weight_fp8", "weight")
+"""Tensors that hold a weight, in the order in which they are looked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredModule:
+    """A weight of two dimensions. ``is_quantized`` says that a scale or packed codes go with it."""
+
+    out_features: int
+    in_features: int
+    is_quantized: bool
+    is_linear: bool = True
+
+
+def read_modules(
+    folder: Path, *, gptq_bits: Callable[[str], int] | None = None
+) -> dict[str, StoredModule]:
+    """Every weight of two dimensions in a checkpoint, by the path of its module.
+
+    ``gptq_bits`` gives the bits of a module, which GPTQ's layout does not show.
+
+    Raises:
+        ValueError: If a file is damaged or a shape makes no sense.
+    """
+    by_file: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for key, file in checkpoint_files(folder).items():
+        module, _, tensor = key.rpartition(".")
+        by_file[file][module].add(tensor)
+    found = {}
+    for name in sorted(by_file):
+        with open_safetensors(folder / name) as file:
+            for module, tensors in sorted(by_file[name].items()):
+                stored = _module(file, module, tensors, gptq_bits)
+                if stored is not None:
+                    found[module] = stored
+    return found
+
+
+def with_neighbours(
+    modules: Mapping[str, StoredModule], planned: Mapping[str, StoredFormat]
+) -> dict[str, StoredFormat]:
+    """Formats of the planned modules and of unquantized ones beside them.
+
+    Beside are linears of the same parent, and experts of the same layer: an engine may hold them
+    in one tensor.
+    """
+    homes = {_home(name) for name in planned}
+    beside = {
+        name: DENSE
+        for name, module in modules.items()
+        if name not in planned and not module.is_quantized and _home(name) in homes
+    }
+    return {**planned, **beside}
+
+
+def block_of(name: str, module: StoredModule) -> BlockInfo:
+    """A module as a block; its site is the experts that it belongs to, else itself."""
+    expert, layer = _EXPERT.fullmatch(name), _LAYER.search(name)
+    return BlockInfo(
+        name=name,
+        layer=0 if layer is None else int(layer[1]),
+        expert=None if expert is None else int(expert[2]),
+        projection=name.rpartition(".")[2],
+        out_features=module.out_features,
+        in_features=module.in_features,
+        tokens=0,
+        site=name if expert is None else expert[1],
+    )
+
+
+def _home(name: str) -> str:
+    expert = _EXPERT.fullmatch(name)
+    return name.rpartition(".")[0] if expert is None else expert[1]
+
+
+def _module(
+    file: Any, module: str, tensors: set[str], gptq_bits: Callable[[str], int] | None
+) -> StoredModule | None:
+    tensor = next((name for name in _WEIGHTS if name in tensors), None)
+    if tensor is None:
+        return None
+    if gptq_bits is not None and tensor not in ("qweight", "weight"):
+        raise ValueError(f"{module} is no module of the GPTQ format: it has a {tensor}")
+    shape = file.get_slice(f"{module}.{tensor}").get_shape()
+    if len(shape) != 2:
+        return None
+    is_quantized = tensor != "weight" or "weight_scale" in tensors
+    n, k = shape
+    if tensor == "weight_packed":
+        n, k = _stored_shape(file, module, tensors)
+    if tensor == "qweight":
+        if gptq_bits is None:
+            raise ValueError(f"{module} is packed as GPTQ does, which its configuration denies")
+        n, k = shape[1], shape[0] * WORD_BITS // max(1, gptq_bits(module))
+    return StoredModule(n, k, is_quantized, _EMBEDDING.search(module) is None)
+
+
+def _stored_shape(file: Any, module: str, tensors: set[str]) -> tuple[int, int]:
+    if "weight_shape" not in tensors:
+        raise ValueError(f"{module} has no weight_shape, so its inputs are not known")
+    shape = [int(size) for size in file.get_tensor(f"{module}.weight_shape").flatten().tolist()]
+    if len(shape) != 2 or min(shape) < 1:
+        raise ValueError(f"{module}.weight_shape holds {shape}, expected outputs and inputs")
+    return shape[0], shape[1]
