@@ -267,7 +267,7 @@ def allocate(
         plans = pipeline.plan_again(space, options)
         table = space.sensitivity()
         tables.show_plans(plans, table)
-        report = pipeline.latency_of(table, plans, options)
+        report = latency.latency_of(table, plans, options)
         if report is not None:
             latency_tables.show_latency(report, plans)
 
