@@ -9,11 +9,15 @@ from typing import TypeVar
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from mxq.checking import check_folder
 from mxq.models.claims import check_config
 from mxq.models.files import checkpoint_files, read_json
 from mxq.models.skeleton import load_whole
 
 Loaded = TypeVar("Loaded")
+
+EXPERTS_ALIKE = "experts-alike-in-the-model"
+"""The rule of transformers that it does not hold a checkpoint to by itself."""
 
 _MODEL_MENU = "give a folder as save_pretrained writes it, a hub id, or demo"
 
@@ -63,6 +67,34 @@ def known_positions(name: str) -> int | None:
     config = _loaded(partial(AutoConfig.from_pretrained, trust_remote_code=False), name)
     known = getattr(config.get_text_config(), "max_position_embeddings", None)
     return known if isinstance(known, int) else None
+
+
+def require_decodable(name: str) -> None:
+    """Refuse a checkpoint that transformers decodes wrongly without a word.
+
+    It takes one format for the experts of all layers of a compressed-tensors checkpoint.
+
+    Raises:
+        ValueError: If the folder has experts of several formats.
+    """
+    folder = Path(resolve(name))
+    if not folder.is_dir():
+        return
+    method = (read_json(folder / "config.json").get("quantization_config") or {}).get(
+        "quant_method"
+    )
+    if method != "compressed-tensors":
+        return
+    try:
+        findings = check_folder(folder, "transformers").findings
+    except ValueError:
+        return  # of a form that mxq check does not read: transformers judges it
+    if any(finding.rule.id == EXPERTS_ALIKE for finding in findings):
+        raise ValueError(
+            f"{name} has experts of several formats, which transformers decodes as one without a "
+            "word: every number would be wrong; score the mxq checkpoint that it was exported "
+            "from, or one exported --to dequantized"
+        )
 
 
 def _loaded(load: Callable[[str], Loaded], name: str) -> Loaded:

@@ -21,7 +21,7 @@ from mxq.evaluation.harness import (
     require_harness,
     task_manager,
 )
-from mxq.evaluation.loading import default_device, resolve
+from mxq.evaluation.loading import default_device, require_decodable, resolve
 from mxq.evaluation.output import error_cell
 from mxq.evaluation.statistics import Estimate, Stratum, difference, estimate, require_confidence
 
@@ -124,7 +124,7 @@ def prepared_tasks(models: Sequence[str], options: TaskOptions) -> Iterator[obje
         ConnectionError: If the questions cannot be read.
     """
     for name in models:
-        resolve(name)
+        require_decodable(name)
     with TemporaryDirectory() as folder:
         write_demo_tasks(Path(folder), set(options.names).intersection(demo_names()))
         own = (options.folder,) if options.folder is not None else ()

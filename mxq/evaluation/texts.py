@@ -9,7 +9,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mxq.evaluation.domains import encode_texts, read_texts
-from mxq.evaluation.loading import find_baseline, free_memory, known_positions, load_model, resolve
+from mxq.evaluation.loading import (
+    find_baseline,
+    free_memory,
+    known_positions,
+    load_model,
+    require_decodable,
+    resolve,
+)
 from mxq.evaluation.losses import ModelLosses, Scores, model_losses
 from mxq.evaluation.reference import KEEP_CHOICES, ReferenceLogits, model_logits
 from mxq.evaluation.statistics import Stratum, require_confidence
@@ -80,6 +87,8 @@ def prepare(
     if reference is not None:
         names = [reference, *(name for name in names if name != reference)]
     base = find_baseline(names, baseline)
+    for name in names:
+        require_decodable(name)
     window = _window(names, options.window)
     ids = encode_texts(read_texts(options.text), names, options.limit)
     batches = tuple(

@@ -14,7 +14,8 @@ from tiny import save_tiny
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from mxq.evaluation import harness, plot, reference, tasks, texts
+import mxq
+from mxq.evaluation import harness, loading, plot, reference, tasks, texts
 from mxq.evaluation.plot import Point
 from mxq.evaluation.statistics import Estimate
 
@@ -224,6 +225,27 @@ def test_mistakes_are_found_before_a_model_is_loaded(
     line = error_line(perplexity, capsys, *folders[:2], *sum(options.items(), ()))
     assert line.startswith("perplexity: ")
     assert message in line
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_exports_that_transformers_would_decode_wrongly_are_refused(mixed, text_file, tmp_path):
+    save_tiny(tmp_path / "original")
+    menu = "w3a16_g32_sym,w4a16_g32_sym" if mixed else "w4a16_g32_sym"
+    packed = write_checkpoint(tmp_path / "original", tmp_path / "packed", menu=menu)
+    mxq.export(packed, tmp_path / "out", to="compressed-tensors")
+    for name in (str(packed), "demo"):
+        loading.require_decodable(name)
+    if not mixed:
+        loading.require_decodable(str(tmp_path / "out"))
+        return
+    names = (str(packed), str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="which transformers decodes as one without a word"):
+        texts.prepare(names, texts.TextOptions(text_file))
+    with (
+        pytest.raises(ValueError, match="score the mxq checkpoint that it was exported from"),
+        tasks.prepared_tasks(names, tasks.TaskOptions(("demo",))),
+    ):
+        pass
 
 
 # --- zero-shot ---------------------------------------------------------------------------------

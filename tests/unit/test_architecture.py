@@ -48,7 +48,7 @@ LEVELS = {
     "checking": 6,
     "engine_tables": 9,
     "stored_modules": 3,
-    "evaluation": 4,
+    "evaluation": 7,
     "profiling": 3,
     "report": 6,
     "scoring": 3,
