@@ -24,8 +24,9 @@ import numpy as np
 
 from mxq.artifacts import BlockInfo, Provenance, SensitivityTable
 from mxq.config import GRANULARITIES, default_schemes
+from mxq.engines import ENGINES
 from mxq.explore.question import Setting, parse_question
-from mxq.explore.run import solved
+from mxq.explore.run import solved, within_rules
 from mxq.explore.server import json_resource
 from mxq.explore.session import SOLVER_SECONDS, Session
 from mxq.search import load_device
@@ -108,21 +109,22 @@ def time_moves(
         "budgets": len(bits),
         "impossible": impossible,
         "unproven": unproven,
-        "worst_gap": max(gaps),
+        "worst_gap": max(gaps, default=None),
         "first_move_ms": round(moves[0], 1),
         "median_move_ms": round(median(moves), 1),
         "worst_move_ms": round(max(moves), 1),
         "median_processor_ms": round(median(busy), 1),
         "worst_processor_ms": round(max(busy), 1),
-        "median_solver_ms": round(median(solver), 1),
-        "worst_solver_ms": round(max(solver), 1),
+        "median_solver_ms": round(median(solver), 1) if solver else None,
+        "worst_solver_ms": round(max(solver), 1) if solver else None,
     }
 
 
 def all_rules() -> list[str]:
-    """Each granularity, then ties and floors on top of the finest one and the coarsest."""
+    """Each granularity, then ties, engines, and floors under the finest one and the coarsest."""
     rules = [f"&granularity={name}" for name in GRANULARITIES]
-    rules += ["&tie-gate-up=1", "&floor-bits=2.2", "&floor-bits=2.2&granularity=layer"]
+    rules += ["&tie-gate-up=1", *(f"&engine={name}" for name in ENGINES)]
+    rules += ["&floor-bits=2.2", "&floor-bits=2.2&granularity=layer"]
     return rules
 
 
@@ -131,7 +133,7 @@ def run(step: float) -> dict[str, Any]:
     table = synthetic_table()
     about = _about(table)
     start = time.perf_counter()
-    session = Session(table)
+    session = Session(table, restrict=within_rules)
     opened = time.perf_counter() - start
     bits = [round(2.2 + step * index, 4) for index in range(round(4.3 / step) + 1)]
     free = Setting(Path("work"))

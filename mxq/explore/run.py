@@ -13,6 +13,7 @@ from mxq.explore.server import LocalServer, Site
 from mxq.explore.session import Restricted, Session
 from mxq.for_engine import inside
 from mxq.latency import load_pricing
+from mxq.search.problem import InfeasibleError
 from mxq.workspace import Workspace
 
 
@@ -56,6 +57,9 @@ def solved(session: Session, setting: Setting, options: AllocateOptions) -> Mapp
     """The plan for the page, or why there is none: that is an answer too."""
     try:
         return plan_facts(session, setting, options, session.solve(options))
+    except InfeasibleError as error:
+        rules = "" if options.engine is None else f"inside the rules of {options.engine}: "
+        return {"impossible": f"{rules}{error}"}
     except (ValueError, RuntimeError) as error:
         return {"impossible": str(error)}
 

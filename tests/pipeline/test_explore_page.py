@@ -128,7 +128,8 @@ def test_rules_are_solved_and_compared_with_the_plan_without_them(chromium, site
         page.locator("#bits").fill("6")
         shows(page, "#command", "--engine vllm")
         page.locator("#tp").fill("2")
-        shows(page, "#message", "2 ranks")  # halves of 128 inputs hold no group of 128
+        # Halves of 128 inputs hold no group of 128, so only bf16 is left.
+        shows(page, "#message", "inside the rules of vllm: 6 bits per weight were asked for")
         page.locator("#tp").fill("")
         page.locator("#engine").select_option("")
         page.locator("#floor-bits").fill("3")
