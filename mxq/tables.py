@@ -13,7 +13,7 @@ from mxq.finish import QuantizeResult
 from mxq.heldout import MeasuredLoss
 from mxq.machine import Machine
 from mxq.profiling.activation import ActivationStats
-from mxq.report.words import cold_experts, few_tokens, unrouted_experts
+from mxq.report.words import cold_experts, engine_line, few_tokens, unrouted_experts
 from mxq.resources import Needs, about, gib
 from mxq.scheme import Scheme
 from mxq.workspace import Workspace
@@ -146,19 +146,6 @@ def coverage_lines(result: QuantizeResult) -> list[str]:
     lines += [f"  {count} parameters: {why}" for why, count in sorted(result.kept.items())]
     unrouted = result.packs[result.written].unrouted
     return lines + _yellow([*cold_experts(result.profile), *unrouted_experts(unrouted)])
-
-
-def engine_line(plan: Allocation) -> str | None:
-    """What the rules of an engine cost in predicted loss; None where a plan was for none."""
-    if plan.engine is None:
-        return None
-    if plan.engine_cost is None or plan.unrestricted_loss is None:
-        return f"The plan keeps the rules of {plan.engine}."
-    of = f" (+{plan.engine_cost / plan.unrestricted_loss:.1%})" if plan.unrestricted_loss else ""
-    return (
-        f"The rules of {plan.engine} cost {plan.engine_cost:.6g} {plan.unit}{of}: the best plan of "
-        f"these measurements without them is predicted at {plan.unrestricted_loss:.6g}."
-    )
 
 
 def show_profile(stats: ActivationStats) -> None:

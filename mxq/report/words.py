@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from mxq.artifacts import Allocation
 from mxq.heldout import FEW_TOKENS
 from mxq.profiling.activation import ActivationStats
 from mxq.report.facts import Facts, Finding
@@ -114,6 +115,19 @@ def warnings(facts: Facts) -> tuple[str, ...]:
     return tuple(found)
 
 
+def engine_line(plan: Allocation) -> str | None:
+    """What the rules of an engine cost in predicted loss; None where a plan was for none."""
+    if plan.engine is None:
+        return None
+    if plan.engine_cost is None or plan.unrestricted_loss is None:
+        return f"The plan keeps the rules of {plan.engine}."
+    of = f" (+{plan.engine_cost / plan.unrestricted_loss:.1%})" if plan.unrestricted_loss else ""
+    return (
+        f"The rules of {plan.engine} cost {plan.engine_cost:.6g} {plan.unit}{of}: the best plan of "
+        f"these measurements without them is predicted at {plan.unrestricted_loss:.6g}."
+    )
+
+
 def few_tokens(tokens: int) -> list[str]:
     """A warning where losses were measured on little text."""
     if tokens >= FEW_TOKENS:
@@ -158,6 +172,7 @@ def coverage(facts: Facts) -> tuple[str, ...]:
         + ", ".join(f"{name} {count:,}" for name, count in pack.quantizers.items())
         + ".",
     ]
+    lines += filter(None, [engine_line(facts.plan)])
     if facts.plan.rotated_layers:
         rotated = ", ".join(map(str, facts.plan.rotated_layers))
         lines.append(f"Layers with rotated inputs: {rotated}.")

@@ -324,6 +324,17 @@ def test_the_snippet_of_the_card_runs(finished, monkeypatch):
     assert names["model"].config.model_type == "qwen2_moe"
 
 
+def test_the_card_says_what_the_rules_of_an_engine_cost():
+    facts = make_facts()
+    free = facts.plan.predicted_loss / 1.25
+    plan = replace(facts.plan, engine="vllm", unrestricted_loss=free)
+    cost = f"{facts.plan.predicted_loss - free:.6g}"
+    assert f"The rules of vllm cost {cost} nats per token (+25.0%)" in model_card(
+        replace(facts, plan=plan)
+    )
+    assert "The rules of" not in model_card(facts)
+
+
 def test_a_model_of_the_hub_is_the_base_model_of_the_card():
     fields = yaml.safe_load(model_card(make_facts(name='org/it\'s "x": y')).split("---\n")[1])
     assert fields["base_model"] == 'org/it\'s "x": y'
