@@ -50,6 +50,9 @@ def main() -> None:
             for path in sorted(RESULTS.glob("pipeline-*.json"))
         }
     )
+    parts += memory_section(
+        {path.name: json.loads(path.read_text()) for path in sorted(RESULTS.glob("memory-*.json"))}
+    )
     timings = {path.name: json.loads(path.read_text()) for path in _group_gemm_files()}
     parts += timing_sections(timings)
     for path in sorted(RESULTS.glob("kernels-compiled.json")):
@@ -171,6 +174,41 @@ def solver_section(name: str, results: Mapping[str, Any]) -> list[str]:
     for label, row in (("mxq", results), ("plain PuLP with CBC", plain)):
         cells = [_cell(row.get(key)) for key in ("seconds", "gap", "proven", "peak_mib")]
         lines.append(f"| {label} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def memory_section(files: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The files of the memory benchmark: one row each, what was stated before beside the peak."""
+    if not files:
+        return []
+    lines = [
+        "## Memory of a whole run",
+        "",
+        "`benchmarks/bench_memory.py` writes a random checkpoint and quantizes it with mxq; the "
+        "resident memory of that process is sampled ten times a second. Stated: what the run said "
+        "before it started that it would need.",
+        "",
+        "| file | checkpoint | layers | quantizer, schemes | kept activations | peak memory | "
+        "stated | disk | stated |",
+        "| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, found in files.items():
+        case, model = found["case"], found["model"]
+        cells = (
+            f"`{name}`, {found['date'][:10]}, {found['commit']}",
+            f"{model['family']}, {model['checkpoint_bytes'] / 1e9:.1f} GB",
+            case["layers"],
+            f"{case['quantizer']}; {case['schemes']}",
+            case["memory"],
+            *(
+                f"{found[key] / 2**30:.2f} GiB"
+                for key in (
+                    *("peak_rss_bytes", "stated_memory_bytes"),
+                    *("measured_disk_bytes", "stated_disk_bytes"),
+                )
+            ),
+        )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return [*lines, ""]
 
 

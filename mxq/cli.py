@@ -267,7 +267,7 @@ def allocate(
         plans = pipeline.plan_again(space, options)
         table = space.sensitivity()
         tables.show_plans(plans, table)
-        report = pipeline.latency_of(table, plans, options)
+        report = latency.latency_of(table, plans, options)
         if report is not None:
             latency_tables.show_latency(report, plans)
 
@@ -338,12 +338,6 @@ def pack(
             tables.show_result(result)
 
     shared(run)
-
-
-@app.command()
-def inspect(folder: Annotated[Path, typer.Argument(help="A checkpoint or a work folder.")]) -> None:
-    """Show the plan of a checkpoint, or what a work folder holds."""
-    guarded(lambda: tables.show_folder(folder))
 
 
 def main() -> None:

@@ -1,21 +1,25 @@
 """Commands on what a run wrote: a finished checkpoint or its work folder."""
 
+import webbrowser
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mxq import engine_tables, tables
+from mxq import engine_tables, report_tables, tables
 from mxq.checking import check_folder
 from mxq.checkpoint.export import export_checkpoint
 from mxq.checkpoint.export.plan import ExportOptions
 from mxq.cli_options import (
     Checkpoint,
     CheckpointFormat,
+    CheckpointWork,
+    Compute,
     Destination,
     Device,
     Dtype,
     EngineName,
+    Memory,
     Replace,
     TensorParallel,
     To,
@@ -23,9 +27,13 @@ from mxq.cli_options import (
     Work,
 )
 from mxq.cli_runs import guarded, profiles_folder
+from mxq.config import ResourceOptions, parse_size
 from mxq.explore.question import Setting
 from mxq.explore.run import run_explore
+from mxq.layerwise import run_measure_layers
 from mxq.progress import progress_display
+from mxq.report.write import write_report
+from mxq.workspace import open_workspace
 
 commands = typer.Typer()
 
@@ -90,5 +98,48 @@ def explore(
     def run() -> None:
         setting = Setting(work, device, tokens, profiles_folder())
         run_explore(setting, port=port, opens_browser=browser, announce=tables.show_address)
+
+    guarded(run)
+
+
+@commands.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint or a work folder.")],
+    work: CheckpointWork = None,
+) -> None:
+    """Show what is known of a checkpoint, or what a work folder holds."""
+    guarded(lambda: report_tables.show_folder(folder, work))
+
+
+@commands.command()
+def report(
+    folder: Checkpoint,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File; default FOLDER/report.html.")
+    ] = None,
+    work: CheckpointWork = None,
+    is_opened: Annotated[bool, typer.Option("--open", help="Show the page in a browser.")] = False,
+    measures: Annotated[
+        bool,
+        typer.Option(
+            "--measure-layers",
+            help="Measure first what each layer loses by itself; reads the original model.",
+        ),
+    ] = False,
+    memory: Memory = "8GiB",
+    compute: Compute = "auto",
+) -> None:
+    """Write one HTML page on a checkpoint: bits, losses, use of experts, time, provenance."""
+
+    def run() -> None:
+        if measures:
+            resources = ResourceOptions(parse_size(memory), compute=compute)
+            space = open_workspace(work or folder / "work", resources)
+            with progress_display() as progress:
+                run_measure_layers(space, folder, report=progress)
+        path = write_report(folder, output, work, profiles=profiles_folder())
+        report_tables.show_written(path)
+        if is_opened and not webbrowser.open(path.resolve().as_uri()):
+            raise ValueError(f"no browser was found to open {path}; open it by hand")
 
     guarded(run)

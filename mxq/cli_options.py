@@ -60,6 +60,10 @@ TensorParallel = Annotated[
 WorkOption = Annotated[
     Path | None, typer.Option("--work", help="Folder of the stages' results; default OUTPUT/work.")
 ]
+Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint that mxq wrote.")]
+CheckpointWork = Annotated[
+    Path | None, typer.Option("--work", help="Work folder of its run; default FOLDER/work.")
+]
 Overwrite = Annotated[bool, typer.Option(help="Replace a checkpoint that --output holds.")]
 Guard = Annotated[
     bool, typer.Option(help="Pack the uniform plan too and write the better of the two.")
@@ -72,7 +76,6 @@ Compute = Annotated[
     str,
     typer.Option(help="Where to compute: auto (a GPU if there is one), cpu, cuda or cuda:N."),
 ]
-Checkpoint = Annotated[Path, typer.Argument(help="Folder that mxq quantize or pack wrote.")]
 Destination = Annotated[Path, typer.Argument(help="Folder to write.")]
 To = Annotated[str, typer.Option(help="compressed-tensors, gptq or dequantized.")]
 Dtype = Annotated[

@@ -1,7 +1,7 @@
 """What a user asks for, checked once: one frozen dataclass for each group of options."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -309,6 +309,17 @@ def parse_menu(text: str) -> tuple[tuple[Scheme, ...], dict[str, tuple[Scheme, .
         else:
             schemes = parse_schemes(listed)
     return schemes, by_projection
+
+
+def spell_menu(schemes: Sequence[Scheme], by_projection: Mapping[str, Sequence[Scheme]]) -> str:
+    """Inverse of ``parse_menu``; empty if nothing is listed."""
+    lists = {"": schemes, **by_projection}
+    parts = [
+        (f"{name}=" if name else "") + ",".join(str(scheme) for scheme in listed)
+        for name, listed in lists.items()
+        if listed
+    ]
+    return ";".join(parts)
 
 
 def default_schemes(widths: set[int]) -> tuple[Scheme, ...]:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from mxq.checkpoint.stream import open_packed, share_equal
-from mxq.evaluation import compare_logits
 from mxq.models.activations import ActivationStore
 from mxq.models.adapter import ModelAdapter
 from mxq.models.lockstep import (
@@ -28,6 +27,10 @@ from mxq.models.lockstep import (
 )
 from mxq.models.source import ModelSource
 from mxq.models.sweep import OnProgress
+from mxq.scoring import compare_logits
+
+FEW_TOKENS = 2000
+"""Held-out tokens below which the measured losses come with a warning."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 
 from mxq.artifacts import Allocation, KernelTiming, SensitivityTable
-from mxq.config import TuneOptions
+from mxq.config import AllocateOptions, TuneOptions
 from mxq.kernels.spec import TILE_PLANS
 from mxq.kernels.tuning import DEFAULT_SHAPES, Bench, Shape, cuda_bench, time_cases, tuning_cases
 from mxq.progress import Report
@@ -313,3 +313,13 @@ def _tuning_progress(report: Report | None) -> Callable[[str, int, int], None] |
     if report is None:
         return None
     return lambda step, done, total: report("tune", step, done, total)
+
+
+def latency_of(
+    table: SensitivityTable, plans: Mapping[str, Allocation], options: AllocateOptions
+) -> LatencyReport | None:
+    """What is known of the time of these plans; None if no device was named."""
+    if options.device is None or options.tokens is None:
+        return None
+    pricing = load_pricing(options.device, options.profiles)
+    return latency_report(table, plans, pricing, options.tokens)

@@ -26,11 +26,10 @@ from mxq.demo import model_path
 from mxq.distributed import Team
 from mxq.finish import Finish, QuantizeResult, pack_and_choose, stage
 from mxq.for_engine import measured_for, notes_for
-from mxq.latency import LatencyReport, latency_report, load_pricing
 from mxq.models.adapter import ModelAdapter
 from mxq.models.source import open_source
 from mxq.models.sweep import make_batches
-from mxq.planning import plan, run_allocate
+from mxq.planning import keep_plans, options_of, plan, run_allocate
 from mxq.preflight import check_request, check_writable
 from mxq.profiling.activation import (
     ActivationStats,
@@ -44,6 +43,8 @@ from mxq.profiling.losses import LayerLosses, MeasureSettings
 from mxq.profiling.measure import Sharing, measure
 from mxq.progress import Report
 from mxq.publish import check_apart, check_known, check_output, engine_settings, find_record
+from mxq.report.card import write_card
+from mxq.report.origin import make_origin
 from mxq.resources import Announce, check_quantize
 from mxq.search.allocate import check_solved_on
 from mxq.workspace import (
@@ -104,7 +105,23 @@ def run_quantize(
         if not options.output.guard:
             plans = {"plan": plans["plan"]}
         finish = Finish(work, adapter, tokens, profile, table, measured, options.output, choices)
-        return pack_and_choose(finish, plans, report)
+        return _pack(finish, plans, options.allocate, report, guard=options.output.guard)
+
+
+def _pack(
+    finish: Finish,
+    plans: Mapping[str, Allocation],
+    asked: AllocateOptions | None,
+    report: Report | None,
+    *,
+    guard: bool,
+) -> QuantizeResult:
+    """Stage 5, and the model card, with the options that the plans answer if they are known."""
+    result = pack_and_choose(finish, plans, report)
+    if finish.work.team.leads:
+        origin = make_origin(finish.adapter, finish.work.settings(), asked, guard=guard)
+        write_card(result.folder, finish.work.folder, origin)
+    return result
 
 
 def _check(
@@ -145,7 +162,7 @@ def plan_again(work: Workspace, options: AllocateOptions) -> dict[str, Allocatio
     adapter = None if options.size_bytes is None else open_adapter(work.settings().model)
     plans = plan(table, options, adapter)
     with work.locked():
-        work.save("allocation", plans["plan"])
+        keep_plans(work, table, options, plans)
     return plans
 
 
@@ -180,7 +197,8 @@ def pack_again(
             check(adapter, tokens, found.allocation.bits_per_weight, work.folder)
         measured = found.settings.measure
         finish = Finish(work, adapter, tokens, profile, found.table, measured, output, choices)
-        return pack_and_choose(finish, {"plan": found.allocation}, report)
+        asked = options_of(work, found.allocation) if team.leads else None
+        return _pack(finish, {"plan": found.allocation}, asked, report, guard=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,16 +380,6 @@ def _recorded(adapter: ModelAdapter, settings: MeasureSettings) -> dict[str, obj
         "keep": list(adapter.keep),
         "compute": describe(adapter.source.device),
     }
-
-
-def latency_of(
-    table: SensitivityTable, plans: Mapping[str, Allocation], options: AllocateOptions
-) -> LatencyReport | None:
-    """What is known of the time of these plans; None if no device was named."""
-    if options.device is None or options.tokens is None:
-        return None
-    pricing = load_pricing(options.device, options.profiles)
-    return latency_report(table, plans, pricing, options.tokens)
 
 
 def shapes_of(source: str) -> tuple[tuple[int, int], ...]:

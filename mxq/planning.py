@@ -1,19 +1,20 @@
 """Stages 3 and 4: the price of every block under every scheme, and the plan that fits a budget."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 from mxq.artifacts import Allocation, Provenance, SensitivityTable
 from mxq.checkpoint.size import block_budget
 from mxq.config import OWN, AllocateOptions
 from mxq.engines import load_rules, restrict
 from mxq.for_engine import Inside, Ties, best_inside, inside, marked
+from mxq.json_values import decode
 from mxq.latency import load_pricing
 from mxq.models.adapter import ModelAdapter
 from mxq.scheme import Scheme
 from mxq.search.allocate import allocate, best_uniform, uniform
 from mxq.search.cost import LatencyModel
-from mxq.storage import digest_of, to_text
+from mxq.storage import digest_of, load_artifact, to_text
 from mxq.workspace import Workspace, make_provenance
 
 
@@ -31,22 +32,9 @@ def run_allocate(
     """Stages 3 and 4, kept too: a solver that ran into its time limit need not give it again."""
 
     def make() -> _Plans:
-        is_own = callable(options.solver)  # nobody knows whether another run's was the same
-        asked = {name: value for name, value in asdict(options).items() if name != "profiles"}
-        asked["solver"] = OWN if is_own else options.solver
-        if options.device is not None:
-            asked["prices"] = digest_of(repr(load_pricing(options.device, options.profiles)))
-        if options.engine is None:
-            del asked["engine"], asked["tensor_parallel"]  # as in files that are older than they
-        else:
-            asked["rules"] = digest_of(repr(load_rules(options.engine)))
-        made_from = table.provenance
-        provenance = make_provenance(
-            made_from.model_digest,
-            made_from.calibration_digest,
-            {**asked, "table": digest_of(to_text(table))},
-        )
-        solved = None if is_own else work.cached("plans", _Plans, provenance)
+        provenance = _made_from(table, options)
+        # Nobody knows whether another run's own solver was the same.
+        solved = None if callable(options.solver) else work.cached("plans", _Plans, provenance)
         if solved is None:
             solved = _Plans(plan(table, options, adapter), provenance)
             work.save("plans", solved)
@@ -54,6 +42,46 @@ def run_allocate(
         return solved
 
     return dict(work.team.from_lead(_Plans, make).plans)
+
+
+def keep_plans(
+    work: Workspace,
+    table: SensitivityTable,
+    options: AllocateOptions,
+    plans: Mapping[str, Allocation],
+) -> None:
+    """Write plans that were solved anew, with the options that they answer."""
+    work.save("plans", _Plans(plans, _made_from(table, options)))
+    work.save("allocation", plans["plan"])
+
+
+def options_of(work: Workspace, plan: Allocation) -> AllocateOptions | None:
+    """The options that a plan of the work folder answers; None if nothing there tells."""
+    try:
+        solved = load_artifact(work.path("plans"), _Plans)
+        settings = solved.provenance.settings
+        asked = {f.name: settings[f.name] for f in fields(AllocateOptions) if f.name in settings}
+        options = decode(AllocateOptions, asked)
+    except ValueError:  # absent, or of another version
+        return None
+    return options if solved.plans.get("plan") == plan else None
+
+
+def _made_from(table: SensitivityTable, options: AllocateOptions) -> Provenance:
+    asked = {name: value for name, value in asdict(options).items() if name != "profiles"}
+    if callable(options.solver):
+        asked["solver"] = OWN
+    if options.device is not None:
+        asked["prices"] = digest_of(repr(load_pricing(options.device, options.profiles)))
+    if options.engine is None:
+        del asked["engine"], asked["tensor_parallel"]  # as in files that are older than they
+    else:
+        asked["rules"] = digest_of(repr(load_rules(options.engine)))
+    return make_provenance(
+        table.provenance.model_digest,
+        table.provenance.calibration_digest,
+        {**asked, "table": digest_of(to_text(table))},
+    )
 
 
 def plan(

@@ -25,6 +25,9 @@ from mxq.storage import (
 )
 
 RECORD = "mxq_run.json"
+ORIGIN = "mxq_origin.json"
+CARD = "README.md"
+PAGE = "report.html"
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,10 +162,14 @@ def publish(
 ) -> None:
     """Move the files that are left into the output folder, config.json last.
 
-    Weights and their index that the folder held before go; other files stay.
+    Weights and their index that the folder held before go, and so does what describes them; other
+    files stay.
     """
     output.mkdir(parents=True, exist_ok=True)
     remove_temporaries(output)
+    if find_record(output) != record:
+        for name in (ORIGIN, CARD, PAGE):
+            (output / name).unlink(missing_ok=True)
     if left:
         (output / "config.json").unlink(missing_ok=True)
         save_artifact(output / RECORD, record)

@@ -2,7 +2,6 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -14,13 +13,10 @@ from mxq.finish import QuantizeResult
 from mxq.heldout import MeasuredLoss
 from mxq.machine import Machine
 from mxq.profiling.activation import ActivationStats
+from mxq.report.words import cold_experts, few_tokens, unrouted_experts
 from mxq.resources import Needs, about, gib
 from mxq.scheme import Scheme
-from mxq.storage import load_artifact
 from mxq.workspace import Workspace
-
-FEW_TOKENS = 2000
-"""Held-out tokens below which the measured losses come with a warning."""
 
 NARROWEST = 100
 """Columns to assume where the output is not a terminal."""
@@ -36,12 +32,7 @@ def show_result(result: QuantizeResult) -> None:
         console.print(f"Latency of the blocks in one step: {_latency(chosen)}")
     _show_engine(result.plans["plan"], console)
     tokens = _first(result.losses).tokens
-    if tokens < FEW_TOKENS:
-        console.print(
-            f"[yellow]{tokens:,} held-out tokens are few: differences between the plans may be "
-            "chance. More --samples or a longer --seqlen help."
-        )
-    for line in coverage_lines(result):
+    for line in (*_yellow(few_tokens(tokens)), *coverage_lines(result)):
         console.print(line)
     if result.written == "uniform":
         console.print(
@@ -153,20 +144,8 @@ def coverage_lines(result: QuantizeResult) -> list[str]:
     """What was quantized, what was kept and which experts were cold."""
     lines = [f"Quantized {len(result.blocks)} linear blocks; kept in their type:"]
     lines += [f"  {count} parameters: {why}" for why, count in sorted(result.kept.items())]
-    cold = result.profile.cold
-    if cold:
-        lines.append(
-            f"[yellow]{len(cold)} experts got fewer than {result.profile.floor} calibration "
-            f"tokens (e.g. {cold[0]}); they lean on their layer's mean inputs. More or more varied "
-            "calibration text helps."
-        )
     unrouted = result.packs[result.written].unrouted
-    if unrouted:
-        lines.append(
-            f"[yellow]{len(unrouted)} experts got no token at all (e.g. {unrouted[0]}): gate and "
-            "up were fitted to the layer's mean inputs, down was rounded to nearest."
-        )
-    return lines
+    return lines + _yellow([*cold_experts(result.profile), *unrouted_experts(unrouted)])
 
 
 def engine_line(plan: Allocation) -> str | None:
@@ -220,19 +199,8 @@ def show_sensitivity(table: SensitivityTable) -> None:
     make_console().print(shown)
 
 
-def show_folder(folder: Path) -> None:
-    """The plan of a checkpoint, or the artifacts of a work folder.
-
-    Raises:
-        ValueError: If it is neither.
-    """
-    plan = folder / "mxq_plan.json"
-    if plan.is_file():
-        _show_checkpoint(load_artifact(plan, Allocation), folder)
-        return
-    space = Workspace(folder)
-    if not space.path("settings").is_file():
-        raise ValueError(f"{folder} is neither an mxq checkpoint nor a work folder of mxq")
+def show_work(space: Workspace) -> None:
+    """The artifacts of a work folder."""
     settings = space.settings()
     make_console().print(f"Work folder for {settings.model.model}, {settings.calibration.spec}")
     if space.path("profile").is_file():
@@ -295,18 +263,6 @@ def show_error(message: str) -> None:
     Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {_escape(message)}")
 
 
-def _show_checkpoint(plan: Allocation, folder: Path) -> None:
-    console = make_console()
-    counts = Counter(str(scheme) for scheme in plan.schemes.values())
-    console.print(f"{folder}: {plan.description}")
-    console.print(
-        f"{plan.bits_per_weight:.4f} bits per weight of {plan.weights:,} weights "
-        f"({plan.asked_bits:.4f} asked), predicted loss {plan.predicted_loss:.6g} {plan.unit}"
-    )
-    for scheme, count in sorted(counts.items()):
-        console.print(f"  {count:6d} blocks {scheme}")
-
-
 def make_console(*, stderr: bool = False) -> Console:
     """The terminal, or a page wide enough for the tables."""
     console = Console(stderr=stderr)
@@ -344,6 +300,10 @@ def _latency(plan: Allocation) -> str:
 
 def _mean(total: list[int] | None) -> str:
     return "" if total is None else f"{total[0] / total[1]:.2f}"
+
+
+def _yellow(lines: Sequence[str]) -> list[str]:
+    return [f"[yellow]{line}" for line in lines]
 
 
 def _first(losses: Mapping[str, MeasuredLoss]) -> MeasuredLoss:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mxq.checkpoint.format import GUARD, CheckpointPlan
+from mxq.models.files import tensor_lengths
 from mxq.models.source import file_digest
 from mxq.scheme import Scheme
 from mxq.storage import remove_temporaries, write_atomically, write_whole
@@ -82,16 +83,6 @@ class CheckpointWriter:
         config["transformers_weights"] = GUARD
         _write_json(self.folder / "config.json", config)
         return total_bytes
-
-
-def tensor_lengths(path: Path) -> dict[str, int]:
-    """Bytes of each tensor of a shard, from its header."""
-    with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    header.pop("__metadata__", None)
-    return {
-        key: entry["data_offsets"][1] - entry["data_offsets"][0] for key, entry in header.items()
-    }
 
 
 def copy_companions(source: Path, target: Path) -> None:

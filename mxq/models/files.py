@@ -112,6 +112,16 @@ def open_safetensors(path: Path) -> Any:
         ) from error
 
 
+def tensor_lengths(path: Path) -> dict[str, int]:
+    """Bytes of each tensor of a safetensors file, from its header."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    header.pop("__metadata__", None)
+    return {
+        key: entry["data_offsets"][1] - entry["data_offsets"][0] for key, entry in header.items()
+    }
+
+
 def _indexed_files(index: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]

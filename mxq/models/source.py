@@ -39,7 +39,12 @@ from mxq.models.claims import (
     non_persistent_buffers,
 )
 from mxq.models.decoding import DecodingSlice, Encoded, find_encoded
-from mxq.models.files import checkpoint_files, open_safetensors, resolve_folder
+from mxq.models.files import (
+    checkpoint_files,
+    open_safetensors,
+    resolve_folder,
+    tensor_lengths,
+)
 from mxq.models.skeleton import build_skeleton, find_decoder_layers
 from mxq.numerics import check_finite
 
@@ -101,6 +106,11 @@ class ModelSource:
     def is_encoded(self) -> bool:
         """Whether the files hold codes and scales instead of some weights."""
         return len(self._encoded) > 0
+
+    def stored_bytes(self) -> int:
+        """Bytes of the tensors in the files that the model is read from, as they are stored."""
+        lengths = {name: tensor_lengths(self.folder / name) for name in set(self.files.values())}
+        return sum(lengths[name][key] for key, name in self.files.items())
 
     def layer_path(self, layer: int) -> str:
         """Path of a decoder layer in the module tree."""

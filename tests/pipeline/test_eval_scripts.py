@@ -1,58 +1,21 @@
-"""The two evaluation scripts on tiny models: numbers against slow loops, and their error lines."""
+"""The evaluation scripts on tiny models: numbers against slow loops, and their error lines."""
 
-import importlib.util
 import json
 import math
 import sys
-from pathlib import Path
 
 import datasets
 import pytest
 import torch
+from evaluating import SCRIPTS, TEXT, error_line, log_likelihood, run, save_model, script
 from lm_eval import tasks
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from transformers import PreTrainedTokenizerFast as FastTokenizer
+from transformers import AutoModelForCausalLM
 
-from mxq import demo, evaluation
-
-VOCABULARY = 128
-SCRIPTS = Path(__file__).parents[2] / "eval"
-TEXT = "It was a bright cold day in April, and the clocks were striking thirteen.\n" * 3
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
+from mxq import demo, scoring
+from mxq.evaluation import demo_tasks, domains, loading, reference, texts
 
 perplexity = script("perplexity")
 zero_shot = script("zero_shot")
-
-
-def save_model(folder, *, seed, vocabulary=VOCABULARY):
-    """A random model over characters; initialised widely, so that it is far from uniform."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    characters = {"<eos>": 0} | {chr(code): code for code in range(1, vocabulary)}
-    tokenizer = Tokenizer(models.WordLevel(characters, unk_token="<eos>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    FastTokenizer(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -69,21 +32,6 @@ def other_folder(tmp_path_factory):
 def text_file(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     return str(tmp_path / "text.txt")
-
-
-def run(module, tmp_path, *arguments):
-    """The script's JSON."""
-    output = tmp_path / "result.json"
-    assert module.main([*map(str, arguments), "--json", str(output)]) == 0
-    return json.loads(output.read_text())
-
-
-def error_line(module, capsys, *arguments):
-    """What the script says in its one line on stderr, for arguments that it refuses."""
-    assert module.main([*map(str, arguments)]) == 1
-    lines = capsys.readouterr().err.splitlines()
-    assert "Traceback" not in "".join(lines)
-    return lines[-1]
 
 
 def slow_scores(folder, reference, window):
@@ -114,47 +62,51 @@ def test_scores_match_a_slow_loop(
 ):
     # Windows of 16 leave a rest of 6 (tests the tail), one of 512 is longer than the text.
     options = ("--reference", other_folder, "--window", window, "--batch", batch)
-    result = run(perplexity, tmp_path, model_folder, "--text", text_file, *options)
+    report = run(perplexity, tmp_path, model_folder, "--text", text_file, *options)
+    reference, result = report["models"]
     nll, kl, same, count = slow_scores(model_folder, other_folder, window)
     assert result["tokens"] == count
     # float32 logits of size 10 and 128 of them in a sum: errors of about 1e-5 per token at most.
-    assert result["nll"] == pytest.approx(nll / count, abs=1e-5)
-    assert result["perplexity"] == pytest.approx(math.exp(nll / count), rel=1e-5)
-    assert result["kl"] == pytest.approx(kl / count, abs=1e-5)
-    assert result["top1_agreement"] == same / count
-    assert result["reference_nll"] != pytest.approx(result["nll"], abs=1e-3)
+    assert result["nll"]["value"] == pytest.approx(nll / count, abs=1e-5)
+    assert result["perplexity"]["value"] == pytest.approx(math.exp(nll / count), rel=1e-5)
+    assert result["kl"]["value"] == pytest.approx(kl / count, abs=1e-5)
+    assert result["flips"]["value"] == pytest.approx(1 - same / count)
+    assert reference["model"] == report["reference"] == other_folder
+    assert reference["nll"]["value"] != pytest.approx(result["nll"]["value"], abs=1e-3)
     printed = capsys.readouterr().out
-    assert f"{result['perplexity']:.4f}" in printed
-    assert f"{result['kl']:.6f}" in printed
+    assert f"{result['perplexity']['value']:.4f}" in printed
+    assert f"{result['kl']['value']:.6f}" in printed
 
 
 def test_a_model_has_distance_zero_to_itself(model_folder, text_file, tmp_path):
-    result = run(
+    (result,) = run(
         perplexity, tmp_path, model_folder, "--text", text_file, "--reference", model_folder
-    )
-    assert (result["kl"], result["top1_agreement"]) == (0.0, 1.0)
-    assert result["reference_nll"] == result["nll"]
+    )["models"]
+    assert (result["kl"]["value"], result["flips"]["value"]) == (0.0, 0.0)
 
 
 def test_json_holds_what_was_measured_and_on_what(model_folder, text_file, tmp_path):
     result = run(perplexity, tmp_path, model_folder, "--text", text_file, "--limit", "40")
-    assert set(result) == {"tokens", "nll", "perplexity", "model", "text", "window", "versions"}
-    assert (result["model"], result["text"]) == (model_folder, text_file)
+    (model,) = result["models"]
+    assert set(model) == {"model", "tokens", "windows", "nll", "perplexity", "domains"}
+    assert (model["model"], result["text"]) == (model_folder, text_file)
     assert set(result["versions"]) == {"mxq", "torch", "transformers"}
     assert result["window"] == 512  # what the model knows, as that is less than 2048
-    assert result["tokens"] == 39
+    assert (model["tokens"], model["windows"], result["limit"]) == (39, 1, 40)
+    assert (result["confidence"], result["draws"], result["seed"]) == (0.95, 10_000, 0)
+    assert model["nll"]["stderr"] is None  # one window has no spread
 
 
 def test_a_rest_of_one_token_is_not_scored(model_folder, text_file, tmp_path):
     arguments = (model_folder, "--text", text_file, "--limit", "33", "--window", "16")
-    assert run(perplexity, tmp_path, *arguments)["tokens"] == 30
+    assert run(perplexity, tmp_path, *arguments)["models"][0]["tokens"] == 30
 
 
 def test_documents_are_joined_by_end_of_text(model_folder, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "abc"}\n{"text": "de"}\n')
     (tmp_path / "one.jsonl").write_text(json.dumps({"text": "abc\0de"}))  # 0 is end-of-text
     rows, one = (
-        run(perplexity, tmp_path, model_folder, "--text", tmp_path / name)
+        run(perplexity, tmp_path, model_folder, "--text", tmp_path / name)["models"][0]
         for name in ("rows.jsonl", "one.jsonl")
     )
     assert (rows["tokens"], rows["nll"]) == (one["tokens"], one["nll"])
@@ -163,9 +115,11 @@ def test_documents_are_joined_by_end_of_text(model_folder, tmp_path):
 
 def test_demo_text_is_held_out_from_calibration(model_folder, tmp_path):
     result = run(perplexity, tmp_path, model_folder, "--text", "demo", "--limit", "200")
-    assert (result["text"], result["tokens"]) == ("demo", 199)
-    first = demo.documents("heldout", 1)[0].text
-    assert next(iter(perplexity._texts("demo"))) == first
+    found = {name: loss["tokens"] for name, loss in result["models"][0]["domains"].items()}
+    assert found == dict.fromkeys(demo.DOMAINS, 199)
+    assert (result["text"], result["models"][0]["tokens"]) == ("demo", 5 * 199)
+    documents = {document.text for document in demo.documents("heldout", 200)}
+    assert {text for name in demo.DOMAINS for text in domains.read_texts("demo")[name]} == documents
 
 
 def test_wikitext2_is_the_test_split_as_one_text(model_folder, tmp_path, monkeypatch):
@@ -178,16 +132,16 @@ def test_wikitext2_is_the_test_split_as_one_text(model_folder, tmp_path, monkeyp
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     result = run(perplexity, tmp_path, model_folder, "--text", "wikitext2")
     assert asked == [("Salesforce/wikitext", "wikitext-2-raw-v1", "test")]
-    assert result["tokens"] == len("ab\n\ncd") - 1
+    assert result["models"][0]["tokens"] == len("ab\n\ncd") - 1
 
 
 def test_windows_and_batches_by_hand():
     # 7 tokens in windows of 2: three windows, in batches of two and one; the seventh is left out.
     ids_T = torch.arange(7)
-    assert [b.tolist() for b in evaluation.windows(ids_T, 2, 2)] == [[[0, 1], [2, 3]], [[4, 5]]]
-    assert [b.tolist() for b in evaluation.windows(ids_T, 5)] == [[[0, 1, 2, 3, 4]], [[5, 6]]]
+    assert [b.tolist() for b in scoring.windows(ids_T, 2, 2)] == [[[0, 1], [2, 3]], [[4, 5]]]
+    assert [b.tolist() for b in scoring.windows(ids_T, 5)] == [[[0, 1, 2, 3, 4]], [[5, 6]]]
     with pytest.raises(ValueError, match="the text has 1 tokens; scoring needs at least 2"):
-        evaluation.windows(ids_T[:1], 2)
+        scoring.windows(ids_T[:1], 2)
 
 
 @pytest.mark.parametrize(
@@ -217,28 +171,29 @@ def test_a_reference_of_another_vocabulary_is_refused(model_folder, text_file, t
     small = save_model(tmp_path / "small", seed=0, vocabulary=100)
     arguments = (model_folder, "--text", text_file, "--reference", small)
     line = error_line(perplexity, capsys, *arguments)
-    assert "have other vocabularies (128 and 100 tokens, 28 entries differ)" in line
+    assert "have other vocabularies (100 and 128 tokens, 28 entries differ)" in line
 
 
 def test_a_reference_of_another_number_of_logits_is_refused(model_folder, tmp_path):
     small = save_model(tmp_path / "small", seed=0, vocabulary=100)
-    ours, theirs = (evaluation.load_model(name, device="cpu") for name in (model_folder, small))
+    ours, theirs = (loading.load_model(name, device="cpu") for name in (model_folder, small))
+    ids = torch.ones(1, 4, dtype=torch.int64)
     with pytest.raises(ValueError, match="the reference gives 100 logits per token, the model 128"):
-        evaluation.score(ours, [torch.ones(1, 4, dtype=torch.int64)], reference=theirs)
+        texts.score(ours, [("a", ids)], [0], lambda *_: reference.model_logits(theirs, ids))
 
 
 def test_logits_that_are_not_finite_are_refused(model_folder):
-    model = evaluation.load_model(model_folder, device="cpu")
+    model = loading.load_model(model_folder, device="cpu")
     model.lm_head.weight.data[5] = math.nan
     with pytest.raises(ValueError, match="not finite somewhere in the text"):
-        evaluation.score(model, [torch.ones(1, 4, dtype=torch.int64)])
+        texts.score(model, [("a", torch.ones(1, 4, dtype=torch.int64))], [0])
 
 
 def test_a_model_that_the_hub_does_not_give_is_one_line(text_file, capsys, monkeypatch):
     def unreachable(name, **options):
         raise OSError("We couldn't connect\nto the hub")
 
-    monkeypatch.setattr(evaluation.AutoTokenizer, "from_pretrained", unreachable)
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", unreachable)
     line = error_line(perplexity, capsys, "owner/model", "--text", text_file)
     assert line == (
         "perplexity: model 'owner/model' is no folder here, and from the hub it could not be "
@@ -247,7 +202,7 @@ def test_a_model_that_the_hub_does_not_give_is_one_line(text_file, capsys, monke
 
 
 def test_the_word_demo_is_the_embedded_model():
-    assert evaluation._resolved("demo") == str(demo.model_path())
+    assert loading.resolve("demo") == str(demo.model_path())
 
 
 # --- zero-shot ---------------------------------------------------------------------------------
@@ -283,16 +238,6 @@ metric_list: [{{metric: acc}}]
     return tmp_path
 
 
-def log_likelihood(model, prompt, choice):
-    """Slow: one choice at a time. A trailing blank of the prompt belongs to the choice anyway."""
-    ids = torch.tensor([[ord(character) for character in prompt + choice]])
-    ids = ids[:, -513:]  # the model knows 512 positions, and the last token is only predicted
-    with torch.no_grad():
-        log_p = model(ids[:, :-1]).logits[0].log_softmax(-1)
-    scored = range(ids.shape[1] - len(choice), ids.shape[1])
-    return sum(float(log_p[place - 1, ids[0, place]]) for place in scored)
-
-
 def slow_accuracy(folder, questions):
     """Share of (prompt, choices, answer) where the model likes the answer best."""
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -307,11 +252,13 @@ def test_accuracy_of_a_local_task_matches_a_slow_loop(model_folder, task_folder,
     arguments = (model_folder, "--tasks", "mine", "--task-path", task_folder, "--batch", "2")
     result = run(zero_shot, task_folder, *arguments)
     share = slow_accuracy(model_folder, [tuple(question.values()) for question in QUESTIONS])
-    assert result["tasks"]["mine"]["acc"] == pytest.approx(share)
+    found = result["models"][0]["tasks"]["mine"]
+    assert found["metrics"]["acc"]["value"] == pytest.approx(share)
     # Standard error of a mean with the sample variance: sqrt(share (1 - share) / (n - 1)).
-    assert result["tasks"]["mine"]["stderr"] == pytest.approx(math.sqrt(share * (1 - share) / 2))
-    assert set(result["tasks"]["mine"]) == {"acc", "stderr", "n"}
-    assert result["tasks"]["mine"]["n"] == 3
+    error = math.sqrt(share * (1 - share) / 2)
+    assert found["metrics"]["acc"]["stderr"] == pytest.approx(error)
+    assert set(found) == {"metrics", "n", "shots"}
+    assert (found["n"], found["shots"]) == (3, 0)
     assert set(result["versions"]) == {"mxq", "torch", "transformers", "lm_eval"}
     assert "mine" in capsys.readouterr().out
 
@@ -320,27 +267,42 @@ def test_accuracy_of_demo_tasks_matches_a_slow_loop(model_folder, tmp_path):
     domain = demo.DOMAINS[0]
     options = ("--tasks", f"demo,demo_{domain}", "--limit", "20", "--batch", "8")
     result = run(zero_shot, tmp_path, model_folder, *options)
-    assert set(result["tasks"]) == {"demo", f"demo_{domain}"}
-    metrics = result["tasks"]["demo"]
-    assert set(metrics) == {"acc", "acc_norm", "stderr", "acc_norm_stderr", "n"}
-    assert metrics["n"] == 20
+    (model,) = result["models"]
+    assert set(model["tasks"]) == {"demo", f"demo_{domain}"}
+    metrics = model["tasks"]["demo"]["metrics"]
+    assert set(metrics) == {"acc", "acc_norm"}
+    assert model["tasks"]["demo"]["n"] == 20
     questions = [(q.prompt, q.choices, q.answer) for q in demo.questions(20)]
-    assert metrics["acc"] == pytest.approx(slow_accuracy(model_folder, questions))
+    assert metrics["acc"]["value"] == pytest.approx(slow_accuracy(model_folder, questions))
 
 
 def test_demo_questions_of_a_domain_are_of_that_domain(tmp_path):
     domain = demo.DOMAINS[1]
-    zero_shot._write_demo_tasks(tmp_path, ["demo", f"demo_{domain}"])
+    demo_tasks.write_demo_tasks(tmp_path, ["demo", f"demo_{domain}"])
     rows, mixed = (
         [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         for name in (f"demo_{domain}", "demo")
     )
-    everything = demo.questions(zero_shot.DEMO_QUESTIONS * len(demo.DOMAINS))
+    everything = demo.questions(demo_tasks.DEMO_QUESTIONS * len(demo.DOMAINS))
     expected = [question for question in everything if question.domain == domain]
     assert [row["prompt"] for row in rows] == [question.prompt for question in expected]
     assert [row["answer"] for row in mixed] == [
-        question.answer for question in everything[: zero_shot.DEMO_QUESTIONS]
+        question.answer for question in everything[: demo_tasks.DEMO_QUESTIONS]
     ]
+
+
+def test_examples_of_demo_tasks_are_no_questions_of_them(tmp_path):
+    names = [f"demo_{domain}" for domain in demo.DOMAINS]
+    demo_tasks.write_demo_tasks(tmp_path, names)
+    everything = demo.questions(240 * len(demo.DOMAINS))
+    for name in names:
+        asked, examples = (
+            [json.loads(line)["prompt"] for line in (tmp_path / file).read_text().splitlines()]
+            for file in (f"{name}.jsonl", f"{name}-examples.jsonl")
+        )
+        assert len(examples) >= 38  # two of a domain have the short prompt of a question
+        assert set(examples).isdisjoint(asked)
+        assert set(examples) <= {q.prompt for q in everything if name == f"demo_{q.domain}"}
 
 
 @pytest.mark.parametrize(

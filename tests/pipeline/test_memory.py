@@ -14,12 +14,12 @@ from tiny import save_tiny, token_ids
 
 import mxq
 from mxq import workspace
-from mxq.evaluation import compare_logits
 from mxq.heldout import measure_loss
 from mxq.models.activations import ActivationStore
 from mxq.models.adapter import ModelAdapter
 from mxq.models.skeleton import EXPERTS_FUNCTION, load_whole
 from mxq.models.source import open_source
+from mxq.scoring import compare_logits
 
 HELDOUT = (token_ids(2, 16, seed=7), token_ids(1, 9, seed=8))
 

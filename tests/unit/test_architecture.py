@@ -48,9 +48,10 @@ LEVELS = {
     "checking": 6,
     "engine_tables": 9,
     "stored_modules": 3,
-    "evaluation": 3,
+    "evaluation": 7,
     "profiling": 3,
-    "report": 3,
+    "report": 6,
+    "scoring": 3,
     "heldout": 4,
     "progress": 4,
     "choices": 5,
@@ -72,6 +73,7 @@ LEVELS = {
     "cli_checkpoint": 10,
     "cli_options": 1,
     "cli_runs": 9,
+    "report_tables": 9,
     "__main__": 12,
 }
 

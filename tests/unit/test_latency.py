@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from typer.testing import CliRunner
 
-from mxq import pipeline
+from mxq import latency, pipeline
 from mxq.artifacts import BlockInfo, Provenance, SensitivityTable
 from mxq.cli import app
 from mxq.config import AllocateOptions, TuneOptions
@@ -74,7 +74,7 @@ def test_both_plans_are_priced_and_the_source_is_said(monkeypatch, tmp_path, wor
     assert "not measured" in shown
     assert "Predicted against measured" not in shown
     assert "No kernel computes" not in shown  # of the schemes in the plans
-    report = pipeline.latency_of(
+    report = latency.latency_of(
         Workspace(work).sensitivity(),
         pipeline.plan_again(Workspace(work), AllocateOptions(2.2, device="h200", tokens=8)),
         AllocateOptions(2.2, device="h200", tokens=8),

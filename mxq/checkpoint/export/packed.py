@@ -18,9 +18,9 @@ from mxq.checkpoint.format import CheckpointPlan
 from mxq.checkpoint.load import check_depth
 from mxq.checkpoint.stream import checked_model, read_plan
 from mxq.checkpoint.tensors import from_tensors, tensor_shapes
-from mxq.checkpoint.writer import tensor_lengths
 from mxq.models.claims import check_folder
 from mxq.models.experts import expert_count, projection_shapes
+from mxq.models.files import tensor_lengths
 from mxq.models.skeleton import build_skeleton
 from mxq.numerics import QuantizedWeight
 from mxq.scheme import Scheme

@@ -1,0 +1,451 @@
+"""Facts of a finished checkpoint, and what the card, the terminal and the page make of them."""
+
+import json
+import re
+import shlex
+import shutil
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import yaml
+from reports import make_facts
+from rich.console import Console
+from tiny import save_tiny, token_ids
+from typer.testing import CliRunner
+
+import mxq
+from mxq import pipeline
+from mxq.artifacts import MeasuredLayers, Provenance, SensitivityTable
+from mxq.checkpoint.pack import plan_digest
+from mxq.cli import app
+from mxq.config import (
+    AllocateOptions,
+    CalibrationOptions,
+    MeasureOptions,
+    ModelOptions,
+    QuantizeOptions,
+    parse_menu,
+)
+from mxq.report.card import model_card
+from mxq.report.curve import loss_curve
+from mxq.report.facts import gather
+from mxq.report.origin import Origin, command
+from mxq.report.times import step_times
+from mxq.report.words import warnings
+from mxq.report_tables import bits_maps
+from mxq.scheme import parse_schemes
+from mxq.storage import load_artifact, save_artifact
+from mxq.workspace import Workspace
+
+MENU = "w2a16_g32_asym,w3a16_g32_asym,w4a16_g32_asym,w8a16_g32_asym"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def line(model, tmp_path_factory):
+    """A run of the command line but for the folder that it writes."""
+    text = tmp_path_factory.mktemp("text") / "text.txt"
+    text.write_text("".join(f"The clock struck {number} times. " for number in range(60)))
+    return [
+        *("quantize", str(model), "--bits", "3.5", "--schemes", MENU, "--samples", "6"),
+        *("--calibration", f"file:{text}", "--seqlen", "16", "--rotation", "off"),
+        *("--device", "h200", "--tokens", "64", "--quantizer", "rtn"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(line, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "out"
+    run(*line, "--output", folder)
+    return folder
+
+
+@pytest.fixture
+def out(finished, tmp_path):
+    """A copy of a finished checkpoint with its work folder, to change."""
+    return Path(shutil.copytree(finished, tmp_path / "out"))
+
+
+def run(*arguments, status=0):
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert done.exit_code == status, done.output
+    return " ".join((done.stdout if status == 0 else done.stderr).split())
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+# Facts
+
+
+def test_the_facts_of_a_checkpoint_are_those_of_its_run(finished, model):
+    facts = gather(finished)
+    table = load_artifact(finished / "work" / "sensitivity.json", SensitivityTable)
+    assert facts.notes == ()
+    assert [cell.name for cell in facts.cells] == [block.name for block in table.blocks]
+    assert sum(cell.loss for cell in facts.cells) == pytest.approx(facts.plan.predicted_loss)
+    # Blocks of one size, so the mean over blocks is the mean over weights.
+    assert {block.out_features * block.in_features for block in table.blocks} == {64 * 32}
+    mean = sum(cell.bits for cell in facts.cells) / len(facts.cells)
+    assert mean == pytest.approx(facts.plan.bits_per_weight)
+    assert facts.name == "tiny"
+    held = (model / "model.safetensors").stat().st_size
+    header = int.from_bytes((model / "model.safetensors").read_bytes()[:8], "little") + 8
+    assert facts.origin.original_bytes == held - header
+    assert sum(facts.origin.kept.values()) > 0
+
+
+def test_without_the_work_folder_the_bits_stay_and_the_rest_is_said_to_be_missing(out):
+    before = gather(out)
+    shutil.rmtree(out / "work")
+    facts = gather(out)
+    assert (facts.table, facts.profile) == (None, None)
+    [note] = facts.notes
+    assert f"There is no work folder at {out / 'work'}" in note
+    assert "--work" in note
+    places = {(cell.name, cell.layer, cell.expert, cell.site, cell.column) for cell in facts.cells}
+    assert places == {(c.name, c.layer, c.expert, c.site, c.column) for c in before.cells}
+    assert all(cell.bits == cell.scheme.w_bits for cell in facts.cells)
+    assert "the work folder" in step_times(facts)
+    assert loss_curve(facts) is None
+
+
+def test_a_work_folder_elsewhere_is_given_by_name(out, tmp_path):
+    (out / "work").rename(tmp_path / "elsewhere")
+    assert gather(out, tmp_path / "elsewhere").table is not None
+
+
+def test_a_work_folder_of_another_plan_is_left_out_with_the_reason(out):
+    work = Workspace(out / "work")
+    table = work.sensitivity()
+    other = tuple(tuple(2 * loss for loss in row) for row in table.loss)
+    fields = {name: getattr(table, name) for name in table.__slots__}
+    work.save("sensitivity", SensitivityTable(**{**fields, "loss": other}))
+    facts = gather(out)
+    assert facts.table is None
+    assert "was solved on another measurement" in facts.notes[0]
+
+
+def test_losses_of_single_layers_count_if_they_are_those_of_this_plan(out):
+    plan = gather(out).plan
+    for digest, is_shown in ((plan_digest(plan), True), ("another", False)):
+        found = MeasuredLayers(64, (0.1, 0.2), digest, Provenance("", ""))
+        save_artifact(out / "work" / "layer_losses.json", found)
+        assert (gather(out).layers is not None) is is_shown
+        assert (gather(out, measured_layers=found).layers is not None) is is_shown
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    for command_name in ("inspect", "report"):
+        message = run(command_name, tmp_path, status=1)
+        assert "error: " in message
+        assert "Traceback" not in message
+    assert "is no finished checkpoint of mxq" in run("report", tmp_path, status=1)
+
+
+def test_findings_of_another_run_are_refused(out):
+    found = json.loads((out / "mxq_report.json").read_text())
+    del found["uniform"]
+    (out / "mxq_report.json").write_text(json.dumps(found))
+    with pytest.raises(ValueError, match="put together from different runs"):
+        gather(out)
+
+
+# The command
+
+
+DEMO = Origin(
+    model=ModelOptions("demo"),
+    calibration=CalibrationOptions("demo"),
+    measure=MeasureOptions(),
+    allocate=AllocateOptions(bits=3),
+    guard=True,
+    hub_id=None,
+    auto_class="",
+    original_bytes=1,
+    kept={},
+)
+
+ASKED = {
+    "a hub id and bits that are no round number": (ModelOptions("org/name"), {"bits": 3.34}),
+    "a size and a revision": (
+        ModelOptions("org/name", revision="v1", scope="all"),
+        {"size_bytes": 5_583_457_485},
+    ),
+    "a forced plan": (ModelOptions("org/name"), {"plan": "uniform:w4a16_g128_sym"}),
+    "names with spaces, quotes and dashes": (
+        ModelOptions("a folder/it's", keep=("-x.*", "b c$")),
+        {"bits": 4, "tie_gate_up": True, "floor_bits": 2.5, "granularity": "expert"},
+    ),
+    "a device and a latency": (
+        ModelOptions("org/name"),
+        {"bits": 2.5, "device": "h200", "tokens": 64, "max_latency_us": 1000 * 0.7},
+    ),
+    "an engine on two ranks": (
+        ModelOptions("org/name"),
+        {"bits": 4.5, "engine": "vllm", "tensor_parallel": 2},
+    ),
+    "MxMoE's objective": (
+        ModelOptions("org/name"),
+        {"bits": 5, "objective": "mxmoe", "r": 1.0, "solver": "lagrangian"},
+    ),
+}
+
+
+@pytest.mark.parametrize(("model_options", "asked"), ASKED.values(), ids=ASKED.keys())
+@pytest.mark.parametrize("guard", [True, False])
+def test_the_command_gives_the_same_options_again(model_options, asked, guard, monkeypatch):
+    schemes = () if "plan" in asked else parse_schemes(MENU)
+    origin = replace(
+        DEMO,
+        model=model_options,
+        calibration=CalibrationOptions("file:a=x y.txt", samples=7, seqlen=8, seed=9),
+        measure=MeasureOptions(schemes, "layer_out", "rtn"),
+        allocate=AllocateOptions(**asked),
+        guard=guard,
+    )
+    program, *arguments = shlex.split(command(origin))
+    assert program == "mxq"
+    found = options_of(arguments, monkeypatch)
+    assert found.model == origin.model
+    assert found.calibration == origin.calibration
+    assert found.measure == origin.measure
+    fields = {name: getattr(found.allocate, name) for name in found.allocate.__slots__}
+    assert AllocateOptions(**{**fields, "profiles": None}) == origin.allocate
+    assert found.output.guard is guard
+    assert found.output.output == Path("OUT")
+
+
+def options_of(arguments, monkeypatch) -> QuantizeOptions:
+    """What the command line makes of these arguments."""
+    seen = []
+
+    def catch(options, **others):
+        seen.append(options)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(pipeline, "run_quantize", catch)
+    assert "seen" in run(*arguments, status=1)
+    return seen[0]
+
+
+def test_the_command_has_the_candidates_of_projections():
+    menu = "w2a16_g32_asym,w4a16_g32_asym;down=w4a16_g32_asym,w8a16_g32_asym;o_proj=fp8"
+    schemes, by_projection = parse_menu(menu)
+    origin = replace(DEMO, measure=MeasureOptions(schemes, by_projection=by_projection))
+    assert shlex.split(command(origin))[-4:] == ["--calibration", "demo", "--output", "OUT"]
+    assert f"--schemes '{menu}'" in command(origin)
+
+
+def test_no_command_has_a_solver_of_the_callers_own():
+    allocate = AllocateOptions(bits=3, solver="own")
+    assert command(DEMO) is not None
+    assert command(replace(DEMO, allocate=allocate)) is None
+
+
+def test_what_each_layer_loses_is_measured_for_the_page(out):
+    run("report", out, "--measure-layers", "--memory", "1MB")
+    found = load_artifact(out / "work" / "layer_losses.json", MeasuredLayers)
+    facts = gather(out)
+    assert facts.layers == found
+    assert len(found.kl) == 2
+    assert min(found.kl) > 0
+    # Errors of the layers add up to about that of the whole, which has other tokens.
+    assert 0.2 < sum(found.kl) / facts.written.kl < 5
+    before = (out / "work" / "layer_losses.json").stat().st_mtime_ns
+    run("report", out, "--measure-layers")
+    assert (out / "work" / "layer_losses.json").stat().st_mtime_ns == before
+
+
+def test_the_command_of_a_run_is_the_one_that_was_given(line, finished, monkeypatch):
+    _, *arguments = shlex.split(command(gather(finished).origin))
+    given = options_of([*line, "--output", "OUT"], monkeypatch)
+    assert options_of(arguments, monkeypatch) == given
+
+
+def test_a_plan_that_was_solved_again_and_packed_has_its_own_command(out, tmp_path):
+    run("allocate", out / "work", "--bits", "5", "--granularity", "layer")
+    run("pack", out / "work", "--output", tmp_path / "packed")
+    facts = gather(tmp_path / "packed", out / "work")
+    told = command(facts.origin)
+    assert "--bits 5 --granularity layer" in told
+    assert told.endswith("--no-guard --output OUT")
+    assert "--device" not in told
+    assert facts.notes == ()
+
+
+def test_options_of_another_plan_are_not_taken_for_those_of_this_one(out, tmp_path):
+    before = (out / "work" / "allocation.json").read_bytes()
+    run("allocate", out / "work", "--bits", "5")
+    (out / "work" / "allocation.json").write_bytes(before)
+    run("pack", out / "work", "--output", tmp_path / "packed")
+    assert command(gather(tmp_path / "packed", out / "work").origin) is None
+
+
+def test_no_command_is_made_up_for_data_of_a_python_caller(model, tmp_path):
+    mxq.quantize(
+        model, output=tmp_path / "out", bits=4, calibration=token_ids(9, 16), schemes=MENU,
+        quantizer="rtn", rotation="off",
+    )  # fmt: skip
+    assert command(gather(tmp_path / "out").origin) is None
+    assert "No command makes it again" in (tmp_path / "out" / "README.md").read_text()
+
+
+# The card
+
+
+def test_the_card_has_front_matter_and_the_facts(finished):
+    text = (finished / "README.md").read_text()
+    facts = gather(finished)
+    _, front, body = text.split("---\n", 2)
+    fields = yaml.safe_load(front)
+    assert fields["library_name"] == "transformers"
+    assert fields["pipeline_tag"] == "text-generation"
+    assert {"mxq", "moe", "qwen2_moe"} <= set(fields["tags"])
+    assert not {"license", "base_model"} & fields.keys()  # a folder is no name on the hub
+    assert command(facts.origin) in body
+    assert f"{facts.written.kl:.5f}" in body
+    assert "from transformers import AutoModelForCausalLM, AutoTokenizer" in body
+    assert str(finished) not in text
+
+
+def test_the_snippet_of_the_card_runs(finished, monkeypatch):
+    [snippet] = re.findall(r"```python\n(.*?)```", (finished / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(finished)
+    names = {}
+    exec(compile(snippet, "README.md", "exec"), names)
+    assert names["model"].config.model_type == "qwen2_moe"
+
+
+def test_a_model_of_the_hub_is_the_base_model_of_the_card():
+    fields = yaml.safe_load(model_card(make_facts(name='org/it\'s "x": y')).split("---\n")[1])
+    assert fields["base_model"] == 'org/it\'s "x": y'
+    assert fields["base_model_relation"] == "quantized"
+
+
+def test_names_in_a_card_are_no_markup():
+    card = model_card(make_facts(name="a|b](http://x) <script> `c\n# d"))
+    body = card.split("---\n", 2)[2]
+    prose = re.sub(r"(`{3,})bash\n.*?\n\1\n", "", body, flags=re.DOTALL)
+    assert r"a\|b\](http://x) \<script\> \`c # d" in prose
+    assert not re.search(r"(?<!\\)<script", prose)
+    rows = [row for row in prose.splitlines() if row.startswith("| model ")]
+    assert len(re.findall(r"(?<!\\)\|", rows[0])) == 3
+
+
+def test_a_finished_run_leaves_an_edited_card_and_a_page_alone(line, out):
+    (out / "README.md").write_text("mine")
+    run("report", out)
+    before = files_of(out)
+    assert {"report.html", "README.md"} <= before.keys()
+    run(*line, "--output", out, "--work", out / "work")
+    assert files_of(out) == before
+
+
+def test_what_described_another_checkpoint_goes_with_it(line, out):
+    run("report", out)
+    old = files_of(out)
+    line = [*line, "--output", out, "--work", out / "work", "--overwrite", "--no-guard"]
+    line[line.index("3.5")] = "5"
+    run(*line)
+    new = files_of(out)
+    assert "report.html" not in new
+    assert new["README.md"] != old["README.md"]
+    assert "--bits 5" in new["README.md"].decode()
+    assert load_artifact(out / "mxq_origin.json", Origin).allocate.bits == 5
+
+
+# The terminal and the page
+
+
+def test_inspect_shows_the_facts(out):
+    shown = run("inspect", out)
+    facts = gather(out)
+    assert f"{facts.plan.bits_per_weight:.4f} bits per weight" in shown
+    assert "Bits of routed experts" in shown
+    assert "are few: differences between the plans may be chance" in shown
+    assert command(facts.origin).split()[-4] in shown
+
+
+def test_the_maps_of_the_terminal_are_the_bits_of_the_plan():
+    facts = make_facts(layers=2, experts=3)
+    shown = [printed(table) for table in bits_maps(facts, 100)]
+    rows = [
+        "".join(
+            str(cell.scheme.w_bits)
+            for cell in facts.cells
+            if cell.layer == 1 and cell.column == f"experts.{name}"
+        )
+        for name in ("gate", "up", "down")
+    ]
+    [line] = [text for text in shown[0].splitlines() if text.split()[1:2] == ["1"]]
+    assert [word for word in line.split() if word.isdigit()] == ["1", *rows]
+    queries = [cell for cell in facts.cells if cell.column == "self_attn.q_proj"]
+    assert "".join(str(cell.scheme.w_bits) for cell in queries) in shown[1]
+
+
+def test_maps_of_many_experts_fit_the_terminal():
+    for table in bits_maps(make_facts(layers=100, experts=128), 80):
+        text = printed(table, width=80)
+        assert "the mean of" in text
+        assert "…" not in text
+
+
+def printed(table, width=100):
+    console = Console(width=width, color_system=None)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+def test_report_writes_one_file_beside_the_checkpoint(out):
+    before = files_of(out)
+    assert "Written to" in run("report", out)
+    after = files_of(out)
+    assert after.keys() - before.keys() == {"report.html"}
+    assert all(after[name] == before[name] for name in before)
+    run("report", out)  # its own page is replaced
+    assert not re.findall(rb"(?:src|href)=[\"']?https?:", after["report.html"])
+
+
+def test_report_does_not_replace_a_file_of_another_kind(out, tmp_path):
+    mine = tmp_path / "mine.html"
+    mine.write_text("mine")
+    assert "no page of mxq report" in run("report", out, "-o", mine, status=1)
+    assert "config.json is there and no page" in run(
+        "report", out, "-o", out / "config.json", status=1
+    )
+    assert "is a folder; give a file" in run("report", out, "-o", tmp_path, status=1)
+    assert mine.read_text() == "mine"
+
+
+def test_times_of_the_parts_add_up_to_the_time_of_the_plan(finished):
+    facts = gather(finished)
+    times = step_times(facts)
+    assert times.total_us == pytest.approx(facts.plan.predicted_latency_us)
+    assert {layer for layer, _ in times.us} == {0, 1}
+    assert "H200" in times.source
+    assert not [note for note in times.notes if "prices have changed" in note]
+
+
+def test_the_curve_passes_through_the_plan_and_names_the_uniform_ones(finished):
+    facts = gather(finished)
+    curve = loss_curve(facts)
+    assert curve.plan.loss == facts.plan.predicted_loss
+    assert [point.label for point in curve.uniform] == MENU.split(",")
+    line = sorted([*curve.neighbours, curve.plan], key=lambda point: point.block_bytes)
+    assert len(curve.neighbours) >= 6
+    assert all(a.loss >= b.loss for a, b in pairwise(line))
+
+
+def test_little_text_and_cold_experts_are_warned_of(finished):
+    found = " ".join(warnings(gather(finished)))
+    assert "15 held-out tokens are few" in found
+    assert "got fewer than 64 calibration tokens" in found
