@@ -303,6 +303,23 @@ def test_without_time_the_plan_is_feasible_and_not_called_proven(solver):
     assert solution.bound < solution.loss
 
 
+def test_time_that_runs_out_in_the_finisher_leaves_the_core_undecided(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(branch.time, "monotonic", lambda: now)
+
+    def finish(core, cut, gap, deadline):
+        nonlocal now
+        assert now == 0.0  # nothing is begun after the deadline
+        now = deadline
+
+    problem = core_problem()
+    solution = branch.solve(problem, finish, gap=1e-7, time_limit_s=1.0)
+    assert now == 1.0
+    assert problem.is_feasible(solution.choice)
+    assert not solution.proven
+    assert solution.bound < milp_loss(problem) * (1 - 1e-7)
+
+
 @all_three
 def test_without_time_and_plan_there_is_no_solution(solver):
     # Sums of 0, 1, 2 or 3 of these meet neither limit exactly, so no heuristic finds a plan.
