@@ -268,4 +268,4 @@ def _beside(facts: Facts, show: Callable[[Finding], str]) -> str:
 def _spoken(value: object) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value)) or "none"
-    return str(value)
+    return "none" if value is None else str(value)

@@ -23,8 +23,9 @@ PLACEHOLDERS = {"MODEL": "demo", "B": "3"}
 
 
 def code(page, language):
-    """The code blocks of a language, in order."""
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    """The code blocks of a language, in order; without those that need a GPU and say so."""
+    blocks = re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    return [block for block in blocks if not block.startswith("# on a GPU")]
 
 
 def anchors(page):
