@@ -29,6 +29,7 @@ from mxq.evaluation.output import (
     Report,
     as_json,
     difference_cells,
+    interval_caption,
     interval_cell,
     loss_cells,
     losses_report,
@@ -141,6 +142,10 @@ def _tables(prepared: Prepared, rows: Sequence[Row]) -> Sequence[Table]:
     tasks = [f"{name}\n{_accuracy(task)[0]}" for name, task in rows[0].tasks.items()]
     columns = ["MB", "bits", "perplexity", "KL", "flips", *tasks]
     caption = text_caption(prepared, losses)
+    questions = [task.n for task in rows[0].tasks.values()]
+    if questions:
+        said = interval_caption(prepared.options.confidence, questions, "questions")
+        caption += f" Tasks: {said[0].lower()}{said[1:]}"
     means = make_table(text_title(prepared, losses), ["model"], columns, caption)
     apart = make_table(
         f"Paired differences to {losses[prepared.baseline].model} +- standard error",

@@ -155,7 +155,17 @@ def _read_gptq(folder: Path, fields: Mapping[str, object], rules: EngineRules) -
     modules = read_modules(folder, gptq_bits=lambda name: config.format_of(name).w_bits)
     planned = {name: config.format_of(name) for name, m in modules.items() if m.is_quantized}
     deployment = _deployment(modules, planned, "gptq")
-    return replace(deployment, exported=Exported(fused=_fused(config, deployment, rules)))
+    claimed = [
+        name
+        for name, module in modules.items()
+        if module.is_linear and not module.is_quantized and config.format_of(name) != DENSE
+    ]
+    exported = Exported(
+        claimed=tuple(claimed),
+        ungrouped=tuple(name for name, stored in planned.items() if stored == DENSE),
+        fused=_fused(config, deployment, rules),
+    )
+    return replace(deployment, exported=exported)
 
 
 def _fused(

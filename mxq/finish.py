@@ -14,7 +14,8 @@ from mxq.artifacts import Allocation, BlockInfo, Provenance, SensitivityTable
 from mxq.checkpoint.pack import PackedLayer, PackReport, PackSharing, pack, plan_digest
 from mxq.choices import Choices, measure_settings
 from mxq.compute import describe
-from mxq.config import MeasureOptions, OutputOptions
+from mxq.config import AllocateOptions, MeasureOptions, OutputOptions
+from mxq.for_engine import inside
 from mxq.heldout import MeasuredLoss, measure_loss
 from mxq.models.adapter import ModelAdapter
 from mxq.models.source import file_digest
@@ -117,10 +118,27 @@ def pack_and_choose(
         packs=record.packs,
         losses=record.losses,
         profile=finish.profile,
-        above=next_uniform(finish.table, bits=plans["plan"].asked_bits),
+        above=_above(finish.table, plans["plan"]),
         blocks=finish.table.blocks,
         kept=dict(Counter(finish.adapter.coverage.kept.values())),
         unit=finish.table.unit,
+    )
+
+
+def _above(table: SensitivityTable, plan: Allocation) -> Allocation | None:
+    """The smallest uniform plan over the budget, of those that the plan's engine takes."""
+    asked, tables = plan.asked_bits, [table]
+    if plan.engine is not None:
+        ranks = plan.tensor_parallel
+        options = AllocateOptions(asked, engine=plan.engine, tensor_parallel=ranks)
+        found = inside(table, options)
+        assert found is not None
+        tables = list(found.tables)
+    plans = [next_uniform(allowed, bits=asked) for allowed in tables]
+    return min(
+        (found for found in plans if found is not None),
+        key=lambda found: found.bits_per_weight,
+        default=None,
     )
 
 

@@ -6,7 +6,7 @@ own way would write the tensors anew, without the digests, the plan and the guar
 
 import shutil
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -22,7 +22,10 @@ from mxq.checkpoint.engine import packed_modules
 from mxq.models.files import read_json
 from mxq.storage import write_whole
 
-FOUND_BESIDE = ("*config.json", "model.safetensors.index.json", "mxq_*.json")
+FOUND_BESIDE = (
+    *("config.json", "generation_config.json", "model.safetensors.index.json"),
+    "mxq_*.json",
+)
 """Patterns of the files that belong to a checkpoint beside its weights."""
 
 
@@ -79,9 +82,9 @@ class Saver:
             )
         target = Path(save_directory)
         if is_main_process:
-            self._copy(model, target)
+            written = self._copy(model, target)
             if push_to_hub:
-                _upload(target, options)
+                _upload(target, written, options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Saver":
         model = None if self._model is None else self._model()
@@ -90,20 +93,23 @@ class Saver:
     def __reduce__(self) -> tuple[Callable[..., "Saver"], tuple[object, ...]]:
         return Saver, (None, self.folder, self.files)
 
-    def _copy(self, model: PreTrainedModel | None, target: Path) -> None:
+    def _copy(self, model: PreTrainedModel | None, target: Path) -> set[str]:
+        """Copy the checkpoint; the names of its files in the target."""
         if target.is_file():
             raise ValueError(f"{target} is a file; give a folder to save to")
         self._check_folder()
         if model is not None:
             self._check_weights(model)
         target.mkdir(parents=True, exist_ok=True)
+        beside = {path.name for pattern in FOUND_BESIDE for path in self.folder.glob(pattern)}
+        names = {*self.files, *beside}
         if target.resolve() != self.folder.resolve():
-            beside = {path for pattern in FOUND_BESIDE for path in self.folder.glob(pattern)}
-            names = {*self.files, *(path.name for path in beside)} - {"config.json"}
-            for name in (*sorted(names), "config.json"):
+            for name in (*sorted(names - {"config.json"}), "config.json"):
                 write_whole(target / name, partial(shutil.copyfile, self.folder / name))
         if model is not None and model.can_generate():
             model.generation_config.save_pretrained(target)
+            names.add("generation_config.json")
+        return names
 
     def _check_folder(self) -> None:
         """Raise ValueError unless the folder still holds what was loaded."""
@@ -123,8 +129,7 @@ class Saver:
             if not same:
                 raise ValueError(
                     f"{name} was changed since the model was loaded, and a checkpoint of mxq is "
-                    "saved by copying its files; save what was trained as an adapter (PEFT), or "
-                    "quantize the changed model"
+                    "saved by copying its files; quantize the changed model"
                 )
 
     def _kept(self, model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
@@ -147,8 +152,8 @@ class Saver:
                         yield name, held[name].detach(), file.get_tensor(name)
 
 
-def _upload(folder: Path, options: Mapping[str, object]) -> None:
-    """Make a repository of the hub and put a folder's files there."""
+def _upload(folder: Path, names: Iterable[str], options: Mapping[str, object]) -> None:
+    """Make a repository of the hub and put those files of a folder there, and no others."""
     given = {name: options[name] for name in options if options[name] is not None}
     api = HfApi(token=given.get("token"))  # type: ignore[arg-type]
     name = str(given.get("repo_id", folder.name))
@@ -156,4 +161,6 @@ def _upload(folder: Path, options: Mapping[str, object]) -> None:
     repository = api.create_repo(name, exist_ok=True, **private).repo_id  # type: ignore[arg-type]
     taken = given.keys() & {"commit_message", "create_pr", "revision"}
     passed = {name: given[name] for name in taken}
-    api.upload_folder(folder_path=folder, repo_id=repository, **passed)  # type: ignore[call-overload]
+    api.upload_folder(  # type: ignore[call-overload]
+        folder_path=folder, repo_id=repository, allow_patterns=sorted(names), **passed
+    )

@@ -13,12 +13,14 @@ REGEX = "re:"
 
 def _claimed(rule: Rule, deployment: Deployment, exported: Exported) -> Finding | None:
     names = exported.claimed
-    return Finding(rule, names, f"{names[0]} is targeted and not ignored") if names else None
+    said = "is plain, and the configuration does not leave it out"
+    return Finding(rule, names, f"{names[0]} {said}") if names else None
 
 
 def _ungrouped(rule: Rule, deployment: Deployment, exported: Exported) -> Finding | None:
     names = exported.ungrouped
-    return Finding(rule, names, f"{names[0]} is quantized and in no group") if names else None
+    said = "is packed, and the configuration leaves it out"
+    return Finding(rule, names, f"{names[0]} {said}") if names else None
 
 
 def _unmatched(rule: Rule, deployment: Deployment, exported: Exported) -> Finding | None:

@@ -194,11 +194,13 @@ def text_caption(prepared: Prepared, found: Sequence[ModelLosses]) -> str:
 
 def interval_caption(confidence: float, units: Sequence[int], kind: str) -> str:
     """What the second lines of a table are; ``units`` are how many each row or part has."""
-    if min(units) < 2:
-        return f"No intervals: they need at least 2 {kind}, and there is one text or task with 1."
+    if max(units) < 2:
+        return f"No intervals: they need at least 2 {kind} of each text or task."
     said = (
         f"Second lines: {100 * confidence:g}% intervals, a BCa bootstrap over {kind} ({DRAWS:,} "
         f"draws, seed {SEED})."
     )
+    if min(units) < 2:
+        return f"{said} Rows with a text or task of 1 of them have none."
     few = f" With as few as {min(units)} {kind} they are too narrow."
     return said + (few if min(units) < FEW_UNITS else "")

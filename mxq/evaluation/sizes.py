@@ -23,10 +23,10 @@ PLAN = "mxq_plan.json"
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """Bytes of a model's safetensors; stored bits of the ``weights`` weights that bits are for.
+    """Bytes of a model's safetensors, and stored bits for each of its ``weights`` weights.
 
-    ``source`` says where the bits come from: ``plan``, ``files`` or ``type``. Both are None where
-    the format is not known, or the model has no plan and no matrices.
+    ``source`` says where the bits come from: ``plan``, ``files`` or ``type``. Bits, weights and
+    source are None where the format is not known, or the model has no plan and no matrices.
     """
 
     file_bytes: int

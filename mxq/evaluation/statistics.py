@@ -84,7 +84,7 @@ def difference(of: Sequence[Stratum], to: Sequence[Stratum]) -> tuple[Stratum, .
     """``of`` minus ``to``, unit by unit: the strata whose estimate is the paired difference.
 
     Raises:
-        ValueError: If the two were not measured on the same units.
+        ValueError: If the two were not measured on units of the same counts.
     """
     for ours, theirs in zip(of, to, strict=True):
         if not np.array_equal(ours.counts_U, theirs.counts_U):

@@ -7,9 +7,9 @@ first, and those that no longer fit in the time are left out and named.
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 from mxq.artifacts import Allocation, SensitivityTable
+from mxq.for_engine import Ties, best_inside, inside
 from mxq.report.facts import Facts
 from mxq.search.allocate import allocate, uniform
 from mxq.search.problem import InfeasibleError
@@ -43,15 +43,29 @@ def loss_curve(facts: Facts, *, seconds: float = 20.0) -> Curve | None:
     """The curve around a plan, solved in about that time; None without a sensitivity table."""
     if facts.table is None:
         return None
+    whole = facts.table
     asked = None if facts.origin is None else facts.origin.allocate
     granularity = "block" if asked is None else asked.granularity
     is_tied = asked is not None and asked.tie_gate_up
-    solve = partial(
-        allocate, facts.table, granularity=granularity, tie_gate_up=is_tied, solver="lagrangian"
-    )
+    inner = None if asked is None else inside(whole, asked)
+
+    def solve(bits: float) -> Allocation:
+        def within(table: SensitivityTable, ties: Ties) -> Allocation:
+            return allocate(
+                table,
+                bits=bits,
+                granularity=granularity,
+                tie_gate_up=is_tied,
+                ties=ties,
+                solver="lagrangian",
+            )
+
+        return within(whole, ()) if inner is None else best_inside(inner, within)
+
     solved = list(_neighbours(solve, facts.plan.bits_per_weight, seconds))
     spoken = f"Solved again for the least loss at {len(solved)} other budgets, by {granularity}"
     spoken += ", gate and up tied" if is_tied else ""
+    spoken += "" if inner is None else f", inside the rules of {inner.rules.title}"
     if asked is not None and (asked.floor_bits is not None or asked.max_latency_us is not None):
         spoken += "; the plan's own limits of bits by layer and of time are left out there"
     return Curve(

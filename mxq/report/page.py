@@ -46,9 +46,15 @@ def render_page(facts: Facts, curve: Curve | None, times: Times | str) -> str:
 
 def _bound(facts: Facts) -> str:
     plan = facts.plan
+    asked = None if facts.origin is None else facts.origin.allocate
+    if plan.description.startswith("uniform") or asked is None or asked.objective != "loss":
+        return ""  # the bound is not one of all plans of that size
     if not plan.proven:
         return "It is not proven to be the best of its size."
-    return f"No plan of its size has a predicted loss below {plan.bound:.4g} {plan.unit}."
+    return (
+        "No plan of that size and under the same rules has a predicted loss below "
+        f"{plan.bound:.4g} {plan.unit}."
+    )
 
 
 def _figures(sections: Sequence[Section]) -> str:

@@ -122,6 +122,8 @@ def _curve(curve: Curve | None) -> Section:
         "Predicted loss of the whole model against the bytes of its quantized blocks: lower and "
         f"further left is better. {curve.rule}"
     )
+    if not any(point.loss > 0 for point in (curve.plan, *curve.uniform, *curve.neighbours)):
+        return Section("curve", "Loss and size", title, ("All predicted losses are 0.",))
     plot = Plot("curve-plot", "", loss_against_bytes(curve))
     return Section("curve", "Loss and size", title, (words,), (plot,))
 

@@ -5,7 +5,7 @@ from functools import partial
 
 import numpy as np
 
-from mxq.search.problem import AllocationProblem, Solution, Solver
+from mxq.search.problem import AllocationProblem, Solution, Solver, relative_gap
 from mxq.search.solver_lagrangian import solve_lagrangian
 
 
@@ -54,8 +54,9 @@ def _solve_checked(
     if not problem.is_feasible(choice):
         raise ValueError("the solver's plan takes a scheme that is not available or breaks a limit")
     loss = problem.total_loss(choice)
-    if found.bound > loss + abs(loss) * 1e-9:
+    if not found.bound <= loss + abs(loss) * 1e-9:
         raise ValueError(
-            f"the solver claims the bound {found.bound:.6g}, above its loss {loss:.6g}"
+            f"the solver claims the bound {found.bound:.6g}, which is not below its loss {loss:.6g}"
         )
-    return Solution(choice, loss, found.bound, found.proven)
+    is_proven = found.proven and relative_gap(loss, found.bound) <= gap
+    return Solution(choice, loss, found.bound, is_proven)

@@ -324,6 +324,19 @@ def test_a_folder_of_gptq_is_checked_by_its_own_rules(tmp_path):
     assert checked(tmp_path)[0] == {"gptq-fused-names"}
     edit(tmp_path, lambda c: c.update(dynamic={"+:.*[qkv]+_proj": {"group_size": 64}}))
     assert checked(tmp_path) == (set(), set())
+    edit(tmp_path, lambda c: c.update(dynamic={"-:.*v_proj": {}}))
+    assert "gptq-packed" in checked(tmp_path)[0]
+
+
+def test_a_plain_linear_that_gptq_does_not_skip_is_pointed_at(tmp_path):
+    tensors = {f"{ATTENTION}.o_proj.weight": np.zeros((HIDDEN, HIDDEN), np.float16)}
+    tensors[f"{ATTENTION}.q_proj.qweight"] = np.zeros((HIDDEN // 8, HIDDEN), np.int32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    assert checked(tmp_path) == (set(), {"gptq-ignored"})
+    edit(tmp_path, lambda c: c.update(dynamic={"-:.*o_proj": {}}))
+    assert checked(tmp_path) == (set(), set())
 
 
 # What cannot be checked

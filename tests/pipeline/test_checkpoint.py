@@ -12,6 +12,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from checkpoints import edit_config, tensors_of, write_checkpoint
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import save_file
 from tiny import logits_of, save_tiny, token_ids
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -172,7 +173,34 @@ def test_saving_with_push_to_hub_uploads_what_was_saved(moe, tmp_path, monkeypat
     monkeypatch.setattr("mxq.checkpoint.save.HfApi", lambda token: api)
     load(moe).save_pretrained(tmp_path / "it", push_to_hub=True, private=True, token=None)
     api.create_repo.assert_called_once_with("it", exist_ok=True, private=True)
-    api.upload_folder.assert_called_once_with(folder_path=tmp_path / "it", repo_id="me/it")
+    [call] = api.upload_folder.call_args_list
+    assert (call.kwargs["folder_path"], call.kwargs["repo_id"]) == (tmp_path / "it", "me/it")
+
+
+def test_only_the_checkpoint_of_a_folder_is_uploaded(copied, monkeypatch):
+    (copied / "work").mkdir()
+    (copied / "work" / "calibration.safetensors").write_text("private")
+    (copied / "notes.txt").write_text("private")
+    uploaded = []
+
+    def upload_folder(folder_path, repo_id, allow_patterns):
+        paths = (str(path.relative_to(folder_path)) for path in folder_path.rglob("*"))
+        uploaded.extend(filter_repo_objects(paths, allow_patterns=allow_patterns))
+
+    api = Mock(upload_folder=upload_folder)
+    monkeypatch.setattr("mxq.checkpoint.save.HfApi", lambda token: api)
+    load(copied).save_pretrained(copied, push_to_hub=True)
+    shards = {path.name for path in copied.glob("*.safetensors")}
+    assert shards | {"config.json", "model.safetensors.index.json"} <= set(uploaded)
+    assert not {"notes.txt", "work/calibration.safetensors"} & set(uploaded)
+
+
+def test_what_is_saved_has_the_tokenizer_whole_or_not_at_all(tmp_path):
+    source = save_tiny(tmp_path / "source", "llama")
+    folder = write_checkpoint(source, tmp_path / "packed")
+    load(folder).save_pretrained(tmp_path / "saved")
+    assert not list((tmp_path / "saved").glob("tokenizer*"))
+    assert list(folder.glob("tokenizer*"))
 
 
 def test_push_to_hub_uploads_the_checkpoint(moe, monkeypatch):

@@ -177,4 +177,6 @@ def test_warnings_name_what_readers_cannot_do(exported):
     _, _, uniform = exported("qwen2_moe", "uniform", scope="experts")
     assert any("transformers ignores `dynamic`" in text for text in mixed.warnings)
     assert any("vLLM 0.33 reads symmetric 4 and 8 bits" in text for text in mixed.warnings)
-    assert uniform.warnings == ()
+    # Attention, routers and the head are plain.
+    [warning] = uniform.warnings
+    assert "says which modules are not quantized, and transformers ignores it" in warning

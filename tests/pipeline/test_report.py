@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from reports import make_facts
 from rich.console import Console
@@ -32,6 +33,7 @@ from mxq.report.card import model_card
 from mxq.report.curve import loss_curve
 from mxq.report.facts import gather
 from mxq.report.origin import Origin, command
+from mxq.report.page import _bound
 from mxq.report.times import step_times
 from mxq.report.words import warnings
 from mxq.report_tables import bits_maps
@@ -322,6 +324,35 @@ def test_the_snippet_of_the_card_runs(finished, monkeypatch):
     names = {}
     exec(compile(snippet, "README.md", "exec"), names)
     assert names["model"].config.model_type == "qwen2_moe"
+
+
+def test_neighbours_of_a_plan_for_an_engine_keep_its_rules():
+    facts = make_facts(bits=4.4)
+    allocate = replace(facts.origin.allocate, engine="vllm", bits=4.4)
+    free = loss_curve(facts).neighbours
+    curve = loss_curve(replace(facts, origin=replace(facts.origin, allocate=allocate)))
+    assert "inside the rules of vLLM" in curve.rule
+    assert sum(point.loss for point in curve.neighbours[-3:]) > sum(p.loss for p in free[-3:])
+
+
+def test_what_is_said_of_the_bound_is_about_plans_under_the_same_rules():
+    facts = make_facts()
+    assert f"under the same rules has a predicted loss below {facts.plan.bound:.4g}" in _bound(
+        facts
+    )
+    forced = replace(facts.plan, description="uniform w4a16_g128_sym")
+    assert _bound(replace(facts, plan=forced)) == ""
+    by_layer = replace(facts.origin.allocate, objective="mxmoe", r=1.0)
+    assert _bound(replace(facts, origin=replace(facts.origin, allocate=by_layer))) == ""
+
+
+def test_a_page_of_a_plan_that_loses_nothing_is_written(tmp_path):
+    model = save_tiny(tmp_path / "model", dtype=torch.bfloat16)
+    mxq.quantize(
+        model, output=tmp_path / "out", bits=16, schemes="bf16", calibration=token_ids(9, 16)
+    )
+    run("report", tmp_path / "out")
+    assert "All predicted losses are 0." in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_the_card_says_what_the_rules_of_an_engine_cost():

@@ -110,6 +110,9 @@ BREAKS = {
     ),
     ("vllm", "gptq-formats"): deployed(usual=StoredFormat("packed", 3), method="gptq"),
     ("vllm", "gptq-fused-names"): deployed(method="gptq", exported=Exported(fused=GPTQ_FUSED)),
+    ("vllm", "gptq-packed"): deployed(
+        method="gptq", exported=Exported(ungrouped=("model.layers.0.mlp.up",))
+    ),
     ("vllm", "ignored"): deployed(exported=Exported(claimed=("model.layers.0.mlp.gate",))),
     ("vllm", "grouped"): deployed(exported=Exported(ungrouped=("model.layers.0.mlp.up",))),
     ("sglang", "experts-alike"): deployed(lambda b: W8 if b.expert == 1 else None),
@@ -189,6 +192,9 @@ WARNS = {
     ("vllm", "marlin-linear-shapes"): deployed(blocks=blocks_of(hidden=64)),
     ("vllm", "unknown-formats"): deployed(usual=StoredFormat("other", spelling="float4 by x")),
     ("vllm", "own-format"): deployed(method="mxq"),
+    ("vllm", "gptq-ignored"): deployed(
+        method="gptq", exported=Exported(claimed=("model.layers.0.mlp.gate",))
+    ),
     ("vllm", "targets-match"): deployed(exported=Exported(unmatched=("re:.*nothing",))),
     ("sglang", "gptq-unread"): deployed(method="gptq"),
     ("transformers", "untried-formats"): deployed(usual=FP8),

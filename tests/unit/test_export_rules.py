@@ -26,6 +26,7 @@ def test_every_name_is_matched_by_its_own_label_alone(seed):
         *[f"tower.layers.{i}.attn.{x}" for i in range(3) for x in "qk"], "head", "m.proj",
         *[f"m.xlayers.{i}.attn.q" for i in range(2)], *[f"a.{i}.b.{j}.c.{k}.w" for i in range(2)
         for j in range(2) for k in range(3)], "layers.0.attn.q", "3.w",
+        *[f"tower.{i}.merge.{j}" for i in range(3) for j in (0, 2, 11)], "m.layers.0.mlp.0", "12",
     ]  # fmt: skip
     drawn = torch.randint(1 + seed, (len(names),), generator=generator).tolist()
     labels = dict(zip(names, drawn, strict=True))

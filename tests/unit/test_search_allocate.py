@@ -319,21 +319,27 @@ def test_a_solver_of_ones_own_is_a_callable():
     assert asked == [1e-3]
 
 
+def cheapest(problem, *, bound):
+    choice = np.argmin(problem.budgets[0].cost, axis=1)
+    return Solution(choice, 0.0, bound, proven=True)
+
+
 def over_budget(problem):
     choice = np.argmax(problem.budgets[0].cost, axis=1)
     return Solution(choice, 0.0, 0.0, proven=True)
 
 
 def bound_too_high(problem):
-    choice = np.argmin(problem.budgets[0].cost, axis=1)
-    return Solution(choice, 0.0, problem.total_loss(choice) * 1.01, proven=True)
+    least = np.argmin(problem.budgets[0].cost, axis=1)
+    return cheapest(problem, bound=problem.total_loss(least) * 1.01)
 
 
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
         (over_budget, "breaks a limit"),
-        (bound_too_high, "above its loss"),
+        (bound_too_high, "not below its loss"),
+        (lambda p: cheapest(p, bound=np.nan), "the bound nan, which is not below"),
         (lambda p: Solution(np.zeros(3, dtype=int), 0.0, 0.0, proven=True), r"int64 of shape \(3,"),
         (lambda p: Solution(np.full(len(p.loss), -1), 0.0, 0.0, proven=True), "from 0 to"),
         (lambda p: Solution(np.zeros(len(p.loss)), 0.0, 0.0, proven=True), "is float64"),
@@ -342,6 +348,11 @@ def bound_too_high(problem):
 def test_a_wrong_answer_of_ones_own_solver_is_refused(answer, message):
     with pytest.raises(ValueError, match=message):
         allocate(table(), bits=5, solver=lambda problem, **options: answer(problem))
+
+
+def test_ones_own_solver_proves_nothing_with_a_bound_far_away():
+    plan = allocate(table(), bits=5, solver=lambda p, **options: cheapest(p, bound=-np.inf))
+    assert not plan.proven
 
 
 def test_the_loss_of_ones_own_solver_is_counted_again():

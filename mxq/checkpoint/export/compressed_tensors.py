@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mxq.checkpoint.export.labels import Naming, name_blocks, plain_tensors
 from mxq.checkpoint.export.packed import PackedBlock, PackedCheckpoint, Shard
-from mxq.checkpoint.export.plan import ExportOptions, ExportPlan, Group
+from mxq.checkpoint.export.plan import ExportOptions, ExportPlan, Group, check_quantized
 from mxq.checkpoint.export.targets import Rule
 from mxq.numerics import QuantizedWeight
 from mxq.packing import packed_words
@@ -33,8 +33,9 @@ def plan_compressed_tensors(checkpoint: PackedCheckpoint, options: ExportOptions
     """
     if options.dtype is not None or options.checkpoint_format is not None:
         raise ValueError("--to compressed-tensors takes no --dtype and no --checkpoint-format")
-    naming = name_blocks(checkpoint)
     blocks = checkpoint.blocks.values()
+    check_quantized(blocks)
+    naming = name_blocks(checkpoint)
 
     def convert(shard: Shard) -> Mapping[str, Tensor]:
         tensors = plain_tensors(naming, shard)

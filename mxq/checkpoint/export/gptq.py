@@ -6,7 +6,7 @@ float16 [G, N]; ``g_idx`` int32 [K] is the group of each input. Version 1 stores
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mxq.checkpoint.export.labels import Naming, name_blocks, plain_tensors
 from mxq.checkpoint.export.packed import PackedBlock, PackedCheckpoint, Shard
-from mxq.checkpoint.export.plan import ExportOptions, ExportPlan, Group
+from mxq.checkpoint.export.plan import ExportOptions, ExportPlan, Group, check_quantized
 from mxq.checkpoint.export.targets import ANY, Rule
 from mxq.packing import pack
 from mxq.scheme import Scheme
@@ -40,6 +40,7 @@ def plan_gptq(checkpoint: PackedCheckpoint, options: ExportOptions) -> ExportPla
     if options.dtype is not None:
         raise ValueError("--dtype is a choice of --to dequantized; leave it out")
     blocks = list(checkpoint.blocks.values())
+    check_quantized(blocks)
     _check(blocks)
     naming = name_blocks(checkpoint)
     if naming.unnamed:
@@ -60,12 +61,14 @@ def plan_gptq(checkpoint: PackedCheckpoint, options: ExportOptions) -> ExportPla
         return tensors
 
     counts = Counter(block.scheme for block in blocks)
+    config = _config(naming, blocks, version)
+    schemes = {block.scheme for block in blocks if block.scheme.kind != "bf16"}
     return ExportPlan(
         convert=convert,
         block_bytes=_block_bytes,
-        quantization_config=_config(naming, blocks, version),
+        quantization_config=config,
         groups=tuple(Group(str(s), counts[s], _written_as(s, version)) for s in sorted(counts)),
-        warnings=tuple(_warnings({b.scheme for b in blocks if b.scheme.kind != "bf16"})),
+        warnings=tuple(_warnings(schemes, config["dynamic"])),
     )
 
 
@@ -86,8 +89,6 @@ def _check(blocks: Iterable[PackedBlock]) -> None:
                 f"{block.path} has {block.out_features} x {block.in_features} weights, and gptq "
                 f"needs multiples of {MULTIPLE}; export --to compressed-tensors"
             )
-    if all(block.scheme.kind == "bf16" for block in blocks):
-        raise ValueError("no weight of this checkpoint is quantized; export --to dequantized")
 
 
 def _version(wanted: str | None, blocks: Iterable[PackedBlock]) -> str:
@@ -185,12 +186,17 @@ def _written_as(scheme: Scheme, version: str) -> str:
     return "bfloat16 (skipped)" if scheme.kind == "bf16" else version
 
 
-def _warnings(schemes: Iterable[Scheme]) -> Iterable[str]:
+def _warnings(schemes: Iterable[Scheme], dynamic: Collection[str]) -> Iterable[str]:
     used = sorted(schemes)
     if len(used) > 1:
         yield (
             "the modules have more than one scheme: transformers ignores `dynamic`, and decodes "
             "those that differ wrongly or stops"
+        )
+    elif dynamic:
+        yield (
+            "`dynamic` says which modules are not quantized, and transformers ignores it: it looks "
+            "for packed weights there"
         )
     if any(not scheme.symmetric or scheme.w_bits not in (4, 8) for scheme in used):
         yield "vLLM 0.33 reads symmetric 4 and 8 bits of this format only"

@@ -1,6 +1,6 @@
 """What an export makes of a checkpoint: decided before anything is read or written."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,12 @@ class ExportPlan:
     quantization_config: Mapping[str, Any] | None
     groups: tuple[Group, ...]
     warnings: tuple[str, ...]
+
+
+def check_quantized(blocks: Iterable[PackedBlock]) -> None:
+    """Raise ValueError if there is nothing to say in a quantized format."""
+    if all(block.scheme.kind == "bf16" for block in blocks):
+        raise ValueError("no weight of this checkpoint is quantized; export --to dequantized")
 
 
 Exporter = Callable[[PackedCheckpoint, ExportOptions], ExportPlan]

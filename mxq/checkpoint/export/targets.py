@@ -67,8 +67,9 @@ def describe(labels: Mapping[str, Label]) -> dict[Label, tuple[Rule, ...]]:
     forms: dict[tuple[str, ...], dict[Numbers, Label]] = defaultdict(dict)
     for name, label in labels.items():
         parts = name.split(".")
-        form = tuple(ANY if part.isdecimal() else part for part in parts)
-        forms[form][tuple(int(part) for part in parts if part.isdecimal())] = label
+        # The last part is a leaf of a rule, written out even where it is a number.
+        form = (*(ANY if part.isdecimal() else part for part in parts[:-1]), parts[-1])
+        forms[form][tuple(int(part) for part in parts[:-1] if part.isdecimal())] = label
     starts = {form: _start(form, forms) for form in forms}
     merged: dict[Label, dict[Rule, list[str]]] = defaultdict(lambda: defaultdict(list))
     for form, members in forms.items():
