@@ -29,6 +29,7 @@ from mxq.engines.exported import fused_name
 from mxq.engines.gptq import GptqConfig, read_gptq
 from mxq.engines.targets import unmatched
 from mxq.models.files import check_links, read_json
+from mxq.packing import packed_words
 from mxq.search.allocate import check_solved_on
 from mxq.stored_modules import StoredModule, block_of, read_modules, with_neighbours
 from mxq.workspace import Workspace
@@ -140,6 +141,7 @@ def _read_compressed(folder: Path, fields: Mapping[str, object], rules: EngineRu
     for name, module in modules.items():
         group = None if config.is_ignored(name) else config.group_of(name)
         if module.is_quantized and group is not None:
+            _check_stored(name, module, group.format)
             planned[name] = group.format
         elif module.is_quantized:
             ungrouped.append(name)
@@ -154,6 +156,8 @@ def _read_gptq(folder: Path, fields: Mapping[str, object], rules: EngineRules) -
     config = read_gptq(fields)
     modules = read_modules(folder, gptq_bits=lambda name: config.format_of(name).w_bits)
     planned = {name: config.format_of(name) for name, m in modules.items() if m.is_quantized}
+    for name, stored in planned.items():
+        _check_stored(name, modules[name], stored)
     deployment = _deployment(modules, planned, "gptq")
     claimed = [
         name
@@ -166,6 +170,26 @@ def _read_gptq(folder: Path, fields: Mapping[str, object], rules: EngineRules) -
         fused=_fused(config, deployment, rules),
     )
     return replace(deployment, exported=exported)
+
+
+def _check_stored(name: str, module: StoredModule, stored: StoredFormat) -> None:
+    """Raise ValueError if the tensors of a module are not of the format that is declared."""
+    if stored.storage not in ("packed", "int"):
+        return
+    k, size = module.in_features, stored.group_size or module.in_features
+    words, groups = packed_words(k, stored.w_bits), -(-k // size)
+    wrong = None
+    if module.words is not None and module.words != words:
+        wrong = f"{module.words} words in a row, where {words} are needed"
+    elif module.groups is not None and module.groups != groups:
+        wrong = f"{module.groups} scales for {k} inputs, where {groups} are needed"
+    elif not stored.symmetric and not module.has_zeros:
+        wrong = "no zero points"
+    if wrong is not None:
+        raise ValueError(
+            f"{name} is declared as {stored} and has {wrong}: files and configuration are not of "
+            "one export; export again"
+        )
 
 
 def _fused(

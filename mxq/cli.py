@@ -61,6 +61,7 @@ from mxq.config import (
     parse_size,
 )
 from mxq.distributed import Team
+from mxq.profile_stage import run_profile
 from mxq.progress import Report, progress_display
 from mxq.resources import Announce, check_measure, check_pack, check_profile
 from mxq.scheme import Scheme, parse_schemes
@@ -177,9 +178,7 @@ def profile(
         adapter = pipeline.open_adapter(options, space.device)
         check_profile(adapter, text, resources, work, _announcing(team))
         with space.locked(), _progress(team) as report:
-            _, stats = pipeline.run_profile(
-                space, adapter, options, text, MeasureOptions(), report=report
-            )
+            _, stats = run_profile(space, adapter, options, text, MeasureOptions(), report=report)
         if team.leads:
             tables.show_profile(stats)
 
@@ -217,7 +216,7 @@ def measure(
         adapter = pipeline.open_adapter(options, space.device)
         check_measure(adapter, text, measured, resources, work, _announcing(team))
         with space.locked(), _progress(team) as report:
-            tokens, _ = pipeline.run_profile(space, adapter, options, text, measured, report=report)
+            tokens, _ = run_profile(space, adapter, options, text, measured, report=report)
             table = pipeline.run_measure(space, adapter, tokens, measured, report=report)
         if team.leads:
             tables.show_sensitivity(table)

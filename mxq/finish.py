@@ -4,9 +4,8 @@ What is finished of this is in the work folder until the output folder has it al
 was stopped anywhere goes on; one that has ended finds its result in the output folder.
 """
 
-import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from mxq.heldout import MeasuredLoss, measure_loss
 from mxq.models.adapter import ModelAdapter
 from mxq.models.source import file_digest
 from mxq.profiling.activation import ActivationStats
-from mxq.progress import Report
+from mxq.progress import Report, stage
 from mxq.publish import (
     RunRecord,
     check_same_run,
@@ -31,8 +30,6 @@ from mxq.publish import (
 )
 from mxq.search.allocate import next_uniform
 from mxq.workspace import CalibrationTokens, Workspace, make_provenance
-
-log = logging.getLogger("mxq")
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,15 +232,3 @@ def _measured(
     if finish.is_kept:
         work.save("losses", _Losses(losses, provenance))
     return losses
-
-
-def stage(report: Report | None, name: str) -> Callable[[str, int, int], None]:
-    """Progress of one stage, passed on to the report of the run."""
-
-    def tell(step: str, done: int, total: int) -> None:
-        if done == total:
-            log.info("%s: %s, all %d done", name, step, total)
-        if report is not None:
-            report(name, step, done, total)
-
-    return tell

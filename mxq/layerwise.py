@@ -8,10 +8,9 @@ from torch import Tensor
 from mxq.artifacts import Allocation, MeasuredLayers
 from mxq.checkpoint.pack import plan_digest
 from mxq.compute import describe
-from mxq.finish import stage
 from mxq.heldout import measure_layers
 from mxq.pipeline import open_adapter
-from mxq.progress import Report
+from mxq.progress import Report, stage
 from mxq.storage import load_artifact
 from mxq.workspace import Workspace, make_provenance
 

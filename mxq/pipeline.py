@@ -3,7 +3,6 @@
 ``run_quantize`` is the whole of it; the functions below it are its stages and can be called alone.
 """
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,6 @@ from mxq.choices import Choices, measure_settings
 from mxq.compute import CPU, describe
 from mxq.config import (
     AllocateOptions,
-    CalibrationOptions,
     MeasureOptions,
     ModelOptions,
     OutputOptions,
@@ -24,24 +22,19 @@ from mxq.config import (
 )
 from mxq.demo import model_path
 from mxq.distributed import Team
-from mxq.finish import Finish, QuantizeResult, pack_and_choose, stage
+from mxq.finish import Finish, QuantizeResult, pack_and_choose
 from mxq.for_engine import measured_for, notes_for
 from mxq.models.adapter import ModelAdapter
 from mxq.models.source import open_source
-from mxq.models.sweep import make_batches
 from mxq.planning import keep_plans, options_of, plan, run_allocate
 from mxq.preflight import check_request, check_writable
+from mxq.profile_stage import CalibrationData, run_profile
 from mxq.profiling.activation import (
     ActivationStats,
-    choose_top_up,
-    profile_routing,
-    under_floor,
 )
-from mxq.profiling.calibration import CalibrationSet
-from mxq.profiling.draw import draw_calibration
 from mxq.profiling.losses import LayerLosses, MeasureSettings
 from mxq.profiling.measure import Sharing, measure
-from mxq.progress import Report
+from mxq.progress import Report, stage
 from mxq.publish import check_apart, check_known, check_output, engine_settings, find_record
 from mxq.report.card import write_card
 from mxq.report.origin import make_origin
@@ -52,16 +45,12 @@ from mxq.workspace import (
     RunSettings,
     Workspace,
     make_provenance,
-    make_tokens,
     open_workspace,
     share_calibration,
 )
 
 CheckPack = Callable[[ModelAdapter, CalibrationTokens, float, Path], None]
 """``(adapter, tokens, bits per weight, work folder)``; raises ValueError where room is lacking."""
-
-CalibrationData = object
-"""A spelling, texts, token ids, or anything else that ``load_calibration`` takes."""
 
 
 def run_quantize(
@@ -94,8 +83,16 @@ def run_quantize(
     if work.team.leads:
         _check(adapter, options, measured, choices, announce)
     with work.locked():
+        finished = find_record(options.output.output) if choices is None else None
         tokens, profile = run_profile(
-            work, adapter, options.model, options.calibration, measured, data=data, report=report
+            work,
+            adapter,
+            options.model,
+            options.calibration,
+            measured,
+            data=data,
+            report=report,
+            kept_for=None if finished is None or options.output.overwrite else options.output,
         )
         if work.team.leads and choices is None:
             digests = adapter.source.digest(), tokens.digest
@@ -159,6 +156,8 @@ def plan_again(work: Workspace, options: AllocateOptions) -> dict[str, Allocatio
         ValueError: If the folder holds no measurement, or no plan fits.
     """
     table = work.sensitivity()
+    if work.path("profile").is_file():
+        check_measured_on(work, table)
     adapter = None if options.size_bytes is None else open_adapter(work.settings().model)
     plans = plan(table, options, adapter)
     with work.locked():
@@ -224,12 +223,7 @@ def _calibration_of(
             "run mxq measure again"
         )
     tokens, profile = work.tokens(), work.profile()
-    made_from = table.provenance.model_digest, table.provenance.calibration_digest
-    if made_from != (settings.model_digest, tokens.digest):
-        raise ValueError(
-            f"the plan in {work.folder} was measured on another model or other calibration text "
-            "than the folder holds now; run mxq measure and mxq allocate again"
-        )
+    check_measured_on(work, table)
     if table.provenance.settings["quantizer"] != settings.measure.quantizer:
         raise ValueError(
             f"the plan in {work.folder} was measured with the quantizer "
@@ -237,6 +231,17 @@ def _calibration_of(
             f"{settings.measure.quantizer}; run mxq measure and mxq allocate again"
         )
     return tokens, profile
+
+
+def check_measured_on(work: Workspace, table: SensitivityTable) -> None:
+    """Raise ValueError if the model or the text of a work folder changed since it was measured."""
+    made_from = table.provenance.model_digest, table.provenance.calibration_digest
+    if made_from != (work.settings().model_digest, work.tokens().digest):
+        raise ValueError(
+            f"the losses in {work.folder} were measured on another model or other calibration text "
+            "than the folder holds now; give the command that measured them again, or run mxq "
+            "measure"
+        )
 
 
 def open_adapter(options: ModelOptions, device: torch.device = CPU) -> ModelAdapter:
@@ -249,73 +254,6 @@ def open_adapter(options: ModelOptions, device: torch.device = CPU) -> ModelAdap
 def model_location(model: str) -> str | Path:
     """The embedded model for the word ``demo``, else what was given."""
     return model_path() if model == "demo" else model
-
-
-def run_profile(  # noqa: PLR0913  (what is recorded in the work folder, and the callbacks)
-    work: Workspace,
-    adapter: ModelAdapter,
-    model: ModelOptions,
-    calibration: CalibrationOptions,
-    measured: MeasureOptions,
-    *,
-    data: CalibrationData | None = None,
-    report: Report | None = None,
-) -> tuple[CalibrationTokens, ActivationStats]:
-    """Stage 1: calibration tokens, topped up for cold experts, and the activation statistics."""
-
-    def make() -> tuple[CalibrationTokens, ActivationStats]:
-        base, spare, heldout = draw_calibration(adapter, calibration, data)
-        work.save("settings", RunSettings(model, calibration, measured, adapter.source.digest()))
-        return _profile(work, adapter, (base, spare, heldout), calibration.expert_floor, report)
-
-    return share_calibration(work.team, make)
-
-
-def _profile(
-    work: Workspace,
-    adapter: ModelAdapter,
-    drawn: tuple[CalibrationSet, CalibrationSet | None, CalibrationSet],
-    floor: int,
-    report: Report | None,
-) -> tuple[CalibrationTokens, ActivationStats]:
-    """Tokens and profile of drawn samples: to fit to, in reserve, and held out."""
-    base, spare, heldout = drawn
-    seen = base.input_ids if spare is None else torch.cat([base.input_ids, spare.input_ids])
-    domains = base.domains if spare is None else (*base.domains, *spare.domains)
-    settings = {
-        "floor": floor,
-        "scope": adapter.scope,
-        "keep": list(adapter.keep),
-        "domains": dict(Counter(domains)),
-        "compute": describe(adapter.source.device),
-    }
-    digest = make_tokens(seen, heldout.input_ids).digest
-    provenance = make_provenance(adapter.source.digest(), digest, settings)
-    cached = work.cached("profile", ActivationStats, provenance)
-    if cached is not None and work.has_tokens(cached.tokens_digest):
-        return work.tokens(), cached
-    batches = make_batches(seen, None, store=work.store, device=adapter.source.device)
-    sites, routing = profile_routing(adapter, batches, domains, stage(report, "profile"))
-    samples = range(len(base.input_ids))
-    extra = range(len(base.input_ids), len(seen))
-    added = choose_top_up(routing, samples, extra, floor)
-    before = under_floor(routing, samples, floor)
-    cold = under_floor(routing, (*samples, *added), floor)
-    tokens = make_tokens(seen[[*samples, *added]], heldout.input_ids)
-    profile = ActivationStats(
-        domains=tuple(sorted(set(domains))),
-        total_tokens=seen.numel(),
-        sites=sites,
-        floor=floor,
-        topped_up=tuple(name for name in before if name not in cold),
-        cold=cold,
-        added_samples=len(added),
-        tokens_digest=tokens.digest,
-        provenance=provenance,
-    )
-    work.save_tokens(tokens)
-    work.save("profile", profile)
-    return tokens, profile
 
 
 def run_measure(

@@ -1,5 +1,6 @@
 """Progress on the terminal: stage, step, time left and memory; line by line in a file."""
 
+import logging
 import resource
 import sys
 import time
@@ -20,8 +21,22 @@ from rich.progress import (
 Report = Callable[[str, str, int, int], None]
 """``(stage, step, done, total)``: progress of a run."""
 
+log = logging.getLogger("mxq")
+
 LINE_SECONDS = 20.0
 """Least time between two lines of one stage where the output is not a terminal."""
+
+
+def stage(report: Report | None, name: str) -> Callable[[str, int, int], None]:
+    """Progress of one stage, passed on to the report of the run."""
+
+    def tell(step: str, done: int, total: int) -> None:
+        if done == total:
+            log.info("%s: %s, all %d done", name, step, total)
+        if report is not None:
+            report(name, step, done, total)
+
+    return tell
 
 
 @contextmanager

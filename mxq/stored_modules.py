@@ -23,12 +23,19 @@ _WEIGHTS = ("weight_packed", "qweight", "weight_fp8", "weight")
 
 @dataclass(frozen=True, slots=True)
 class StoredModule:
-    """A weight of two dimensions. ``is_quantized`` says that a scale or packed codes go with it."""
+    """A weight of two dimensions. ``is_quantized`` says that a scale or packed codes go with it.
+
+    ``words`` are those of a packed row, ``groups`` the scales along the inputs; None where there
+    are none. ``has_zeros`` is about stored zero points.
+    """
 
     out_features: int
     in_features: int
     is_quantized: bool
     is_linear: bool = True
+    words: int | None = None
+    groups: int | None = None
+    has_zeros: bool = False
 
 
 def read_modules(
@@ -105,13 +112,27 @@ def _module(
         return None
     is_quantized = tensor != "weight" or "weight_scale" in tensors
     n, k = shape
+    words = None
     if tensor == "weight_packed":
         n, k = _stored_shape(file, module, tensors)
+        words = shape[1]
     if tensor == "qweight":
         if gptq_bits is None:
             raise ValueError(f"{module} is packed as GPTQ does, which its configuration denies")
         n, k = shape[1], shape[0] * WORD_BITS // max(1, gptq_bits(module))
-    return StoredModule(n, k, is_quantized, _EMBEDDING.search(module) is None)
+    is_linear = _EMBEDDING.search(module) is None
+    groups = _groups(file, module, tensors)
+    has_zeros = not tensors.isdisjoint(("weight_zero_point", "qzeros"))
+    return StoredModule(n, k, is_quantized, is_linear, words, groups, has_zeros)
+
+
+def _groups(file: Any, module: str, tensors: set[str]) -> int | None:
+    """Scales along the inputs: columns of compressed-tensors' scales, rows of GPTQ's."""
+    name, axis = ("scales", 0) if "qweight" in tensors else ("weight_scale", 1)
+    if name not in tensors:
+        return None
+    shape = file.get_slice(f"{module}.{name}").get_shape()
+    return shape[axis] if len(shape) == 2 else None
 
 
 def _stored_shape(file: Any, module: str, tensors: set[str]) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from mxq.checkpoint.engine import prepare_kernels
 from mxq.checkpoint.format import QUANT_METHOD, CheckpointPlan
 from mxq.checkpoint.modules import MxqExperts, packed_linear
-from mxq.checkpoint.save import Saver
+from mxq.checkpoint.save import give_savers
 from mxq.models.experts import expert_count, is_fused_experts, projection_shapes
 from mxq.models.files import is_inside
 from mxq.models.source import file_digest
@@ -59,6 +59,7 @@ class MxqQuantizer(HfQuantizer):
     """Swaps in the packed modules and checks the files; transformers does the loading."""
 
     requires_calibration = True
+    _folder: Path | None = None
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Take the guard out of the configuration (see ``mxq.checkpoint.format.GUARD``)."""
@@ -82,15 +83,16 @@ class MxqQuantizer(HfQuantizer):
         check_class(model, plan, paths)
         swap_modules(model, plan, dtype or torch.get_default_dtype())
         check_tensors(model, paths)
-        if paths:
-            saver = Saver(model, paths[0].parent, plan.files)
-            setattr(model, "save_pretrained", saver)  # noqa: B010  (of this model alone)
+        self._folder = paths[0].parent if paths else None
         return model
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **unused: Any
     ) -> PreTrainedModel:
         prepare_kernels(model)
+        if self._folder is not None:
+            assert isinstance(self.quantization_config, MxqConfig)
+            give_savers(model, self._folder, self.quantization_config.plan().files)
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:

@@ -1,12 +1,13 @@
 """``save_pretrained`` of a loaded checkpoint: the files it was read from, copied.
 
-Packed weights cannot have changed since; what could have is compared with the files. transformers'
-own way would write the tensors anew, without the digests, the plan and the guard of the folder.
+The model's tensors are compared with the files, so that no change is lost without a word.
+transformers' own way would write them anew, without the digests, the plan and the guard.
 """
 
+import json
 import shutil
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -15,18 +16,43 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi
 from safetensors import safe_open
-from torch import nn
 from transformers import PreTrainedModel
 
-from mxq.checkpoint.engine import packed_modules
 from mxq.models.files import read_json
-from mxq.storage import write_whole
+from mxq.models.source import file_digest
+from mxq.storage import write_atomically, write_whole
 
 FOUND_BESIDE = (
     *("config.json", "generation_config.json", "model.safetensors.index.json"),
-    "mxq_*.json",
+    *("mxq_*.json", "README.md"),
 )
 """Patterns of the files that belong to a checkpoint beside its weights."""
+
+
+_OF_THE_FILES = {"quantization_config", "transformers_weights", "architectures", "dtype"} | {
+    "transformers_version"
+}
+"""Fields of a configuration that say how the files are, whatever the model's says."""
+
+
+def config_fields(model: PreTrainedModel) -> dict[str, Any]:
+    """The configuration of a model as JSON has it, without what is about its files."""
+    fields: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
+    return {
+        name: value
+        for name, value in fields.items()
+        if name not in _OF_THE_FILES and not name.startswith("_")
+    }
+
+
+def give_savers(model: PreTrainedModel, folder: Path, files: Mapping[str, str]) -> None:
+    """Give a model that was loaded from a folder, and the models inside it, ``save_pretrained``."""
+    saver = Saver(model, folder, files, config_fields(model))
+    setattr(model, "save_pretrained", saver)  # noqa: B010  (of this model alone)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module is not model:
+            inner = InnerSaver(type(model).__name__)
+            setattr(module, "save_pretrained", inner)  # noqa: B010
 
 
 class Saver:
@@ -37,9 +63,14 @@ class Saver:
     """
 
     def __init__(
-        self, model: PreTrainedModel | None, folder: Path, files: Mapping[str, str]
+        self,
+        model: PreTrainedModel | None,
+        folder: Path,
+        files: Mapping[str, str],
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder, self.files = folder, dict(files)
+        self.config: Mapping[str, Any] = config or {}
         self._model = None if model is None else weakref.ref(model)
 
     def __call__(
@@ -88,10 +119,10 @@ class Saver:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Saver":
         model = None if self._model is None else self._model()
-        return Saver(memo.get(id(model)), self.folder, self.files)
+        return Saver(memo.get(id(model)), self.folder, self.files, self.config)
 
     def __reduce__(self) -> tuple[Callable[..., "Saver"], tuple[object, ...]]:
-        return Saver, (None, self.folder, self.files)
+        return Saver, (None, self.folder, self.files, self.config)
 
     def _copy(self, model: PreTrainedModel | None, target: Path) -> set[str]:
         """Copy the checkpoint; the names of its files in the target."""
@@ -104,52 +135,90 @@ class Saver:
         beside = {path.name for pattern in FOUND_BESIDE for path in self.folder.glob(pattern)}
         names = {*self.files, *beside}
         if target.resolve() != self.folder.resolve():
-            for name in (*sorted(names - {"config.json"}), "config.json"):
+            for name in sorted(names - {"config.json"}):
                 write_whole(target / name, partial(shutil.copyfile, self.folder / name))
+        self._write_config(model, target / "config.json")
         if model is not None and model.can_generate():
             model.generation_config.save_pretrained(target)
             names.add("generation_config.json")
         return names
+
+    def _write_config(self, model: PreTrainedModel | None, target: Path) -> None:
+        """The configuration of the files, with what was changed in the model's since."""
+        path = self.folder / "config.json"
+        now = None if model is None else config_fields(model)
+        changed = {
+            name: value
+            for name, value in (now or {}).items()
+            if name not in self.config or self.config[name] != value
+        }
+        if changed:
+            text = json.dumps({**read_json(path), **changed}, indent=2, sort_keys=True) + "\n"
+            write_atomically(target, text)
+        elif target.resolve() != path.resolve():
+            write_whole(target, partial(shutil.copyfile, path))
 
     def _check_folder(self) -> None:
         """Raise ValueError unless the folder still holds what was loaded."""
         path = self.folder / "config.json"
         config = read_json(path) if path.is_file() else {}
         present = config.get("quantization_config", {}).get("files")
-        if present != self.files or not all((self.folder / name).is_file() for name in self.files):
+        paths = {self.folder / name: digest for name, digest in self.files.items()}
+        if present != self.files or not all(path.is_file() for path in paths):
             raise ValueError(
                 f"{self.folder}, which the model was loaded from, is gone or holds another "
                 "checkpoint now; one of mxq is saved by copying its files, so put them back"
             )
+        for path, digest in paths.items():
+            if file_digest(path) != digest:
+                raise ValueError(f"{path} was damaged or edited since the model was loaded")
 
     def _check_weights(self, model: PreTrainedModel) -> None:
-        """Raise ValueError if a weight outside the packed modules is not that of the files."""
-        for name, held, stored in self._kept(model):
-            same = held.shape == stored.shape and torch.equal(held.cpu(), stored.to(held.dtype))
-            if not same:
-                raise ValueError(
-                    f"{name} was changed since the model was loaded, and a checkpoint of mxq is "
-                    "saved by copying its files; quantize the changed model"
-                )
-
-    def _kept(self, model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-        """Name, present and stored value of the weights outside the packed modules."""
-        inside = {
-            id(tensor)
-            for module in packed_modules(model)
-            if isinstance(module, nn.Module)
-            for tensor in module.parameters()
-        }
-        held = {
-            name: tensor
-            for name, tensor in model.state_dict(keep_vars=True).items()
-            if id(tensor) not in inside and not tensor.is_meta
-        }
+        """Raise ValueError if a tensor is not that of the files, or is not in them."""
+        held = model.state_dict()  # packed modules in the form of the files, whatever they hold
+        stored: set[str] = set()
         for shard in self.files:
             with safe_open(self.folder / shard, "pt") as file:
                 for name in file.keys():  # noqa: SIM118  (a reader, not a mapping)
-                    if name in held:
-                        yield name, held[name].detach(), file.get_tensor(name)
+                    stored.add(name)
+                    if not _is_same(held.get(name), file.get_tensor(name)):
+                        raise _changed(name)
+        places = {held[name].data_ptr() for name in stored & held.keys()}
+        for name in held.keys() - stored:
+            if held[name].data_ptr() not in places:  # not tied to one that is stored
+                raise _changed(name)
+
+
+def _is_same(held: torch.Tensor | None, stored: torch.Tensor) -> bool:
+    """Whether a model holds what a file does, in a type that it may have been loaded in."""
+    if held is None or held.shape != stored.shape:
+        return False
+    if held.is_meta:
+        return True  # offloaded: its values are the loader's
+    here, there = held.cpu().reshape(-1), stored.to(held.dtype).reshape(-1)
+    return torch.equal(here.view(torch.uint8), there.view(torch.uint8))
+
+
+def _changed(name: str) -> ValueError:
+    return ValueError(
+        f"{name} was changed since the model was loaded, and a checkpoint of mxq is saved by "
+        "copying its files; quantize the changed model"
+    )
+
+
+class InnerSaver:
+    """Stands in for the ``save_pretrained`` of a model inside of a loaded one."""
+
+    def __init__(self, whole: str) -> None:
+        self.whole = whole
+
+    def __call__(self, *arguments: object, **options: object) -> None:
+        """Refuse: a part of a checkpoint would load with random weights for the packed ones.
+
+        Raises:
+            ValueError: Always, with what to save instead.
+        """
+        raise ValueError(f"save the whole {self.whole}: a part of a checkpoint of mxq is none")
 
 
 def _upload(folder: Path, names: Iterable[str], options: Mapping[str, object]) -> None:

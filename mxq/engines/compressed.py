@@ -82,8 +82,9 @@ def _stored(weights: Mapping[str, object], inputs: object, storage: str) -> Stor
     """The format of a group; one that no rule can be about is spelled out."""
     strategy, group_size = weights.get("strategy"), count_of(weights.get("group_size"))
     w_bits, a_bits = count_of(weights.get("num_bits")), _input_bits(inputs)
+    is_known = weights.get("type", "int") == ("float" if storage == "float" else "int")
     has_scales = strategy == "channel" or (strategy == "group" and group_size is not None)
-    if storage == "other" or not has_scales or w_bits is None or a_bits is None:
+    if storage == "other" or not is_known or not has_scales or w_bits is None or a_bits is None:
         spelling = f"{weights.get('type')}{w_bits} by {strategy} {group_size}"
         return StoredFormat("other", spelling=spelling)
     return StoredFormat(
@@ -97,8 +98,8 @@ def _stored(weights: Mapping[str, object], inputs: object, storage: str) -> Stor
 
 
 def count_of(value: object) -> int | None:
-    """The value if it is an integer above 0."""
-    return value if type(value) is int and value > 0 else None
+    """The value if it is an integer above 0, of 32 bits."""
+    return value if type(value) is int and 0 < value < 2**31 else None
 
 
 def _input_bits(inputs: object) -> int | None:

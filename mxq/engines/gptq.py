@@ -52,6 +52,9 @@ def _stored(fields: Mapping[str, object], base: StoredFormat) -> StoredFormat:
     """The base with what the fields say instead."""
     bits, group = fields.get("bits", base.w_bits), fields.get("group_size", base.group_size or -1)
     is_ordered = fields.get("desc_act", base.order is not None)
+    for name in ("sym", "desc_act"):
+        if fields.get(name, False) not in (True, False):
+            raise ValueError(f"its {name} is {fields[name]!r}, expected true or false")
     w_bits, group_size = count_of(bits), count_of(group)
     if w_bits is None or (group_size is None and group != -1):
         raise ValueError(f"its bits are {bits!r} and its group_size {group!r}, expected numbers")

@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -131,6 +132,12 @@ def _reading(names: Sequence[str]) -> Iterator[None]:
         ) from error
 
 
+def _refuse_broken(name: str, module: object, inputs: object, output: Any) -> None:
+    """The largest of NaNs is some answer, so a broken model would have a score."""
+    if not output.logits.isfinite().all():
+        raise ValueError(f"the logits of {name} are not finite somewhere; the model is broken")
+
+
 def ask(name: str, manager: object, request: Request) -> dict[str, Answers]:
     """The answers of one model by task and group; the model is gone from memory afterwards.
 
@@ -142,6 +149,7 @@ def ask(name: str, manager: object, request: Request) -> dict[str, Answers]:
 
     tokenizer = load_tokenizer(name)
     model = load_model(name, device=request.device)
+    model.register_forward_hook(partial(_refuse_broken, name))
     with _quiet(), _reading(request.names):
         output: Mapping[str, Any] = lm_eval.simple_evaluate(
             model=HFLM(

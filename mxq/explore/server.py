@@ -100,6 +100,10 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._refuse(HTTPStatus.NOT_FOUND, f"nothing is here; the page is at {server.url}")
 
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What the base class refuses, such as other methods, in the form of this server."""
+        self._refuse(HTTPStatus(code), message or HTTPStatus(code).phrase)
+
     def log_message(self, format: str, *arguments: object) -> None:
         """Requests are not worth a line of the terminal."""
         log.debug(format, *arguments)

@@ -89,8 +89,11 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}; download it again") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested as no configuration is; download it again") from error
+    except ValueError as error:
+        why = str(error).partition(";")[0]  # the rest is about Python
+        raise ValueError(f"{path} is not JSON: {why}; download it again") from error
     if isinstance(fields, dict):
         return fields
     raise ValueError(f"{path} holds no JSON object but a {type(fields).__name__}")

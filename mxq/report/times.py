@@ -38,8 +38,8 @@ def step_times(facts: Facts, profiles: Path | None = None) -> Times | str:
     """
     if facts.plan.latency_source is None:
         return (
-            "No device was named when this plan was solved. mxq allocate with --device and "
-            "--tokens prices it."
+            "No device was named when this plan was solved: name --device and --tokens to mxq "
+            "quantize, or to mxq allocate and pack again."
         )
     known = f"{facts.plan.predicted_latency_us:.1f} us in one step ({facts.plan.latency_source})"
     asked = None if facts.origin is None else facts.origin.allocate

@@ -223,8 +223,9 @@ def legend(facts: Facts) -> str:
     """What the columns of the comparison mean."""
     return (
         f"* written. Predicted: sum over all blocks, in {facts.plan.unit}. KL: KL(original || "
-        "checkpoint) in nats per token. Top-1: positions with the same likeliest token. The same "
-        "tokens chose between quantizers and plans, so these numbers flatter a little."
+        "checkpoint) in nats per token. Top-1: positions with the same likeliest token. No "
+        "quantizer was fitted to these tokens, but sensitivities, quantizers and plans were chosen "
+        "by them too, so the numbers flatter a little; eval/perplexity.py on other text does not."
     )
 
 
@@ -262,7 +263,8 @@ def _beside(facts: Facts, show: Callable[[Finding], str]) -> str:
     others = [finding for finding in facts.findings.values() if not finding.written]
     if not others:
         return "no other plan measured"
-    return f"{plan_name(others[0])}: {show(others[0])}"
+    bits = f"{others[0].bits_per_weight:.2f} bits"
+    return f"{plan_name(others[0])} of {bits}: {show(others[0])}"
 
 
 def _spoken(value: object) -> str:

@@ -222,7 +222,7 @@ STALE: Mapping[str, Case] = {
         ),
     ),
     "edited calibration tokens": Case(
-        ("was measured on another model or other calibration text",),
+        ("were measured on another model or other calibration text",),
         PACK,
         damage.flip("work/calibration.safetensors", -8, 1),
     ),

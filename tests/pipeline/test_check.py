@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from checkpoints import edit_config, plan_of
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tiny import save_tiny
 from typer.testing import CliRunner
 
@@ -168,7 +168,10 @@ def test_another_engine_is_another_run(result, model, tmp_path):
             "vLLM 0.33.0 takes w3a16_g32_asym for no block of this model; leave them out",
         ),
         (["--engine", "vllm", "--schemes", "w3a16_g32_asym"], "takes none of w3a16_g32_asym for"),
-        (["--engine", "vllm", "--tp", "5"], "64 outputs over 5 ranks"),
+        (
+            ["--engine", "vllm", "--tp", "5"],
+            "takes no scheme on 5 ranks: they do not divide",
+        ),
         (["--engine", "sglang", "--bits", "3"], "but the cheapest plan needs 4."),
     ],
 )
@@ -240,6 +243,17 @@ def set_group(place, **changes):
     return lambda config: config["config_groups"][f"group_{place}"]["weights"].update(changes)
 
 
+def repack(folder, part, bits, *, zeros=False):
+    """Give the packed linears whose name has that part other bits, and zero points."""
+    tensors = load_file(folder / "model.safetensors")
+    for key in [key for key in tensors if part in key and key.endswith(".weight_packed")]:
+        name = key.removesuffix(".weight_packed")
+        tensors |= packed(name, *tensors[f"{name}.weight_shape"].tolist(), bits)
+        if zeros:
+            tensors[f"{name}.weight_zero_point"] = np.zeros((1, 1), np.int32)
+    save_file(tensors, folder / "model.safetensors")
+
+
 def set_targets(place, *targets):
     return lambda config: config["config_groups"][f"group_{place}"].update(targets=list(targets))
 
@@ -252,8 +266,6 @@ def set_targets(place, *targets):
         (set_targets(0, "Linear"), "vllm", set()),  # what is not quantized is ignored
         (set_group(1, actorder="group"), "vllm", {"activation-order"}),
         (set_group(1, actorder="static"), "vllm", set()),
-        (set_group(1, num_bits=3, symmetric=False), "vllm", {"expert-formats"}),
-        (set_group(0, symmetric=False), "sglang", {"linear-formats"}),
         (set_targets(0, "re:.*self_attn.[qk]_proj$"), "vllm", {"grouped"}),
         (
             lambda c: c["ignore"].append("re:.*v_proj$"),
@@ -280,7 +292,19 @@ def test_a_router_that_a_target_claims_and_nothing_ignores_is_found(exported):
     assert (finding["rule"], finding["names"]) == ("ignored", ["model.layers.0.mlp.gate"])
 
 
+def test_formats_that_an_engine_does_not_take_are_found(exported):
+    repack(exported, "experts", 3, zeros=True)
+    edit(exported, set_group(1, num_bits=3, symmetric=False))
+    assert checked(exported)[0] == {"expert-formats"}
+    repack(exported, "experts", 4)
+    edit(exported, set_group(1, num_bits=4, symmetric=True))
+    repack(exported, "self_attn", 8, zeros=True)
+    edit(exported, set_group(0, symmetric=False))
+    assert checked(exported, engine="sglang")[0] == {"linear-formats"}
+
+
 def test_one_expert_of_another_format_is_found(exported):
+    repack(exported, "experts.1.", 8)
     other = {**plan_of(exported)["config_groups"]["group_0"], "targets": ["re:.*experts.1.*"]}
     edit(exported, lambda c: c.update(config_groups={"group_2": other, **c["config_groups"]}))
     assert checked(exported)[0] == {"experts-alike"}
@@ -288,8 +312,6 @@ def test_one_expert_of_another_format_is_found(exported):
 
 
 def test_a_part_of_a_fused_linear_that_stays_unquantized_is_found(exported, tmp_path):
-    from safetensors.numpy import load_file
-
     tensors = load_file(exported / "model.safetensors")
     name = f"{ATTENTION}.v_proj"
     kept = {key: value for key, value in tensors.items() if not key.startswith(name)}
@@ -311,21 +333,49 @@ def test_a_folder_of_gptq_is_checked_by_its_own_rules(tmp_path):
     tensors = {}
     for name in ("q_proj", "k_proj", "v_proj"):
         tensors[f"{ATTENTION}.{name}.qweight"] = np.zeros((HIDDEN // 8, HIDDEN), np.int32)
-        tensors[f"{ATTENTION}.{name}.scales"] = np.ones((1, HIDDEN), np.float16)
+        tensors[f"{ATTENTION}.{name}.scales"] = np.ones((HIDDEN // 128, HIDDEN), np.float16)
     save_file(tensors, tmp_path / "model.safetensors")
     config = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
     assert checked(tmp_path) == (set(), set())
     edit(tmp_path, lambda c: c.update(desc_act=True))
     assert checked(tmp_path)[0] == {"activation-order"}
+    scales = [key for key in tensors if key.endswith("scales")]
+    zeros = {k.replace("scales", "qzeros"): np.zeros((1, HIDDEN // 8), np.int32) for k in scales}
+    save_file(zeros | tensors, tmp_path / "model.safetensors")
     edit(tmp_path, lambda c: c.update(desc_act=False, sym=False))
     assert checked(tmp_path)[0] == {"gptq-formats"}
+    halves = {key: np.ones((HIDDEN // 64, HIDDEN), np.float16) for key in scales}
+    save_file({**tensors, **halves}, tmp_path / "model.safetensors")
     edit(tmp_path, lambda c: c.update(sym=True, dynamic={"+:.*[.][qkv]_proj": {"group_size": 64}}))
     assert checked(tmp_path)[0] == {"gptq-fused-names"}
     edit(tmp_path, lambda c: c.update(dynamic={"+:.*[qkv]+_proj": {"group_size": 64}}))
     assert checked(tmp_path) == (set(), set())
-    edit(tmp_path, lambda c: c.update(dynamic={"-:.*v_proj": {}}))
+    edit(tmp_path, lambda c: c.update(dynamic={"-:.*v_proj": {}, "+:.*": {"group_size": 64}}))
     assert "gptq-packed" in checked(tmp_path)[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"num_bits": 8}, "words in a row"),
+        ({"group_size": 64}, "scales for"),
+        ({"symmetric": False}, "no zero points"),
+    ],
+    ids=["bits", "groups", "zeros"],
+)
+def test_files_that_are_not_what_the_configuration_says_are_named(exported, change, found):
+    edit(exported, lambda c: [g["weights"].update(change) for g in c["config_groups"].values()])
+    done = run("check", exported, "--engine", "vllm")
+    assert done.exit_code == 1
+    message = " ".join(done.stderr.split())
+    assert found in message
+    assert "files and configuration are not of one export" in message
+
+
+def test_floats_in_words_of_integers_are_no_known_format(exported):
+    edit(exported, set_group(0, type="float"))
+    assert "unknown-formats" in checked(exported)[1]
 
 
 def test_a_plain_linear_that_gptq_does_not_skip_is_pointed_at(tmp_path):

@@ -15,6 +15,7 @@ from checkpoints import edit_config, tensors_of, write_checkpoint
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import save_file
 from tiny import logits_of, save_tiny, token_ids
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.utils import hub
@@ -38,6 +39,9 @@ def dense(tmp_path_factory):
 def copied(dense, tmp_path):
     """A copy of the dense checkpoint that a test may damage."""
     return Path(shutil.copytree(dense, tmp_path / "copy"))
+
+
+IDS = token_ids(2, 8, seed=5)
 
 
 def load(folder, dtype=torch.float32):
@@ -175,6 +179,72 @@ def test_saving_with_push_to_hub_uploads_what_was_saved(moe, tmp_path, monkeypat
     api.create_repo.assert_called_once_with("it", exist_ok=True, private=True)
     [call] = api.upload_folder.call_args_list
     assert (call.kwargs["folder_path"], call.kwargs["repo_id"]) == (tmp_path / "it", "me/it")
+
+
+def set_bias(model):
+    next(p for name, p in model.named_parameters() if name.endswith("q_proj.bias")).data.add_(1)
+
+
+def set_scale(model):
+    next(p for name, p in model.named_parameters() if name.endswith("weight_scale")).data.mul_(2)
+
+
+def untie(model):
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() + 1)
+
+
+def unpack(model):
+    mlp = model.model.layers[0].mlp
+    mlp.down_proj = nn.Linear(mlp.down_proj.in_features, mlp.down_proj.out_features, bias=False)
+
+
+def prune(model):
+    model.model.layers = model.model.layers[:1]
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory):
+    """A dense model with biases, and with one matrix for embedding and head."""
+    source = save_tiny(
+        tmp_path_factory.mktemp("tied"), "llama", attention_bias=True, tie_word_embeddings=True
+    )
+    return write_checkpoint(source, tmp_path_factory.mktemp("packed-tied"), scope="all")
+
+
+@pytest.mark.parametrize("change", [set_bias, set_scale, untie, unpack, prune])
+def test_no_change_of_a_model_is_lost_without_a_word(tied, tmp_path, change):
+    model = load(tied)
+    model.save_pretrained(tmp_path / "as-it-was")
+    change(model)
+    with pytest.raises(ValueError, match=r"was changed since the model was loaded"):
+        model.save_pretrained(tmp_path / "changed")
+    assert not (tmp_path / "changed").exists()
+
+
+def test_a_changed_configuration_is_saved(tied, tmp_path):
+    model = load(tied)
+    model.config.rms_norm_eps = 0.5
+    model.save_pretrained(tmp_path / "again")
+    again = load(tmp_path / "again")
+    assert again.config.rms_norm_eps == 0.5
+    assert not torch.equal(logits_of(again, IDS), logits_of(load(tied), IDS))
+    before = json.loads((tied / "config.json").read_text())
+    after = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert {name for name in after if after[name] != before.get(name)} == {"rms_norm_eps"}
+
+
+def test_a_model_inside_of_a_loaded_one_is_not_saved(dense, tmp_path):
+    with pytest.raises(ValueError, match="save the whole LlamaForCausalLM"):
+        load(dense).model.save_pretrained(tmp_path / "inner")
+    assert not (tmp_path / "inner").exists()
+
+
+def test_a_shard_that_was_damaged_since_is_named(copied, tmp_path):
+    model = load(copied)
+    with first_shard(copied).open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(ValueError, match=r"safetensors was damaged or edited since"):
+        model.save_pretrained(tmp_path / "again")
 
 
 def test_only_the_checkpoint_of_a_folder_is_uploaded(copied, monkeypatch):

@@ -289,7 +289,7 @@ def test_pack_refuses_a_plan_of_another_model(work, tmp_path):
         "profile", other, "--work", work, "--calibration", "demo", "--samples", 8, "--seqlen", 16
     )
     message = fails("pack", work, "--output", tmp_path / "out")
-    assert "was measured on another model or other calibration text" in message
+    assert "were measured on another model or other calibration text" in message
     assert not (tmp_path / "out").exists()
 
 
@@ -298,7 +298,7 @@ def test_pack_refuses_a_plan_of_other_calibration_text(work, model, tmp_path):
         "profile", model, "--work", work, "--calibration", "demo", "--samples", 8, "--seqlen", 16
     )
     message = fails("pack", work, "--output", tmp_path / "out")
-    assert "was measured on another model or other calibration text" in message
+    assert "were measured on another model or other calibration text" in message
 
 
 @pytest.mark.parametrize("command", ["profile", "measure", "pack"])

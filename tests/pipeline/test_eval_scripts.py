@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from pathlib import Path
 
 import datasets
 import pytest
@@ -274,6 +275,17 @@ def test_accuracy_of_demo_tasks_matches_a_slow_loop(model_folder, tmp_path):
     assert model["tasks"]["demo"]["n"] == 20
     questions = [(q.prompt, q.choices, q.answer) for q in demo.questions(20)]
     assert metrics["acc"]["value"] == pytest.approx(slow_accuracy(model_folder, questions))
+
+
+def test_a_broken_model_has_no_accuracy(model_folder, tmp_path, capsys):
+    folder = tmp_path / "broken"
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    model.lm_head.weight.data[5] = math.nan
+    model.save_pretrained(folder)
+    for path in Path(model_folder).glob("tokenizer*"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    assert zero_shot.main([str(folder), "--tasks", "demo", "--limit", "4"]) == 1
+    assert "not finite somewhere; the model is broken" in capsys.readouterr().err
 
 
 def test_demo_questions_of_a_domain_are_of_that_domain(tmp_path):

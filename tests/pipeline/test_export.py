@@ -172,14 +172,17 @@ def test_an_export_that_fails_half_way_leaves_the_old_one(uniform, tmp_path, mon
 def test_overwrite_replaces_a_checkpoint_and_leaves_other_files(uniform, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    for name in ("old.safetensors", "mxq_plan.json", "notes.md"):
+    stale = {"old.safetensors", "mxq_plan.json", "adapter_config.json", "tokenizer.model"}
+    for name in (*stale, "notes.md"):
         (out / name).write_text("{}")
+    (out / "README.md").write_text("Quantized with mxq: another checkpoint")
+    (out / "report.html").write_text("a page of the user's own")
     with pytest.raises(ValueError, match=r"is not empty .* allow --overwrite"):
         mxq.export(uniform.folder, out, to="dequantized")
     mxq.export(uniform.folder, out, to="dequantized", overwrite=True)
     names = {path.name for path in out.iterdir()}
-    assert "notes.md" in names
-    assert names.isdisjoint({"old.safetensors", "mxq_plan.json"})
+    assert {"notes.md", "report.html"} <= names
+    assert names.isdisjoint({*stale, "README.md"})
     AutoModelForCausalLM.from_pretrained(out)
 
 

@@ -12,12 +12,14 @@ from transformers import AutoModelForCausalLM
 import mxq
 from mxq import finish, pipeline
 from mxq.artifacts import Allocation
+from mxq.config import AllocateOptions
 from mxq.heldout import MeasuredLoss
 from mxq.profiling.sensitivity import Sensitivity
 from mxq.quantizers import quantize_rtn
 from mxq.scheme import Scheme
 from mxq.search.problem import Solution
 from mxq.storage import load_artifact
+from mxq.workspace import make_tokens
 
 MENU = "w2a16_g32_asym,w3a16_g32_asym,w4a16_g32_asym,w8a16_g32_asym"
 IDS = token_ids(9, 16, seed=7)
@@ -371,6 +373,27 @@ def test_a_second_run_reuses_the_measurement(quantized, no_measure):
 def test_a_run_with_other_inputs_measures_again(change, quantized, no_measure):
     with pytest.raises(AssertionError, match="measured again"):
         quantized(bits=4, **change)
+
+
+def test_a_refused_run_leaves_the_work_of_the_other_as_it_was(model, tmp_path):
+    options = {"output": tmp_path / "out", "bits": 4, **FAST, "quantizer": "rtn"}
+    mxq.quantize(model, **options)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"another run, made from other calibration text; choose"):
+        mxq.quantize(model, **{**options, "calibration": token_ids(9, 16, seed=8)})
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert after == before
+    again = {**options, "calibration": token_ids(9, 16, seed=8), "overwrite": True}
+    assert mxq.quantize(model, **again).profile.provenance.calibration_digest
+
+
+def test_a_plan_is_not_solved_on_losses_of_other_text(model, tmp_path):
+    mxq.quantize(model, output=tmp_path / "out", bits=4, **FAST, quantizer="rtn")
+    work = pipeline.Workspace(tmp_path / "out" / "work")
+    tokens = make_tokens(token_ids(9, 16, seed=8), token_ids(1, 16))
+    work.save_tokens(tokens)
+    with pytest.raises(ValueError, match="were measured on another model or other calibration"):
+        pipeline.plan_again(work, AllocateOptions(bits=3))
 
 
 def test_a_changed_model_is_measured_again(work, tmp_path, no_measure):

@@ -9,12 +9,12 @@ from tiny import FAMILIES, MOE_FAMILIES, make_model, save_tiny, token_ids
 from transformers import AutoModelForCausalLM
 
 import mxq
-from mxq import pipeline
 from mxq.config import CalibrationOptions, MeasureOptions, ModelOptions
 from mxq.models.adapter import ModelAdapter
 from mxq.models.source import open_source
 from mxq.models.sweep import make_batches
-from mxq.pipeline import open_adapter, run_profile
+from mxq.pipeline import open_adapter
+from mxq.profile_stage import run_profile
 from mxq.profiling.activation import profile_routing
 from mxq.workspace import Workspace
 
@@ -158,7 +158,7 @@ def test_heldout_samples_are_not_among_those_fitted_to(model, tmp_path):
 
 def test_a_finished_profile_is_read_back(model, tmp_path, monkeypatch):
     first_tokens, first = profile(model, tmp_path, 64)
-    monkeypatch.setattr(pipeline, "profile_routing", None)
+    monkeypatch.setattr("mxq.profile_stage.profile_routing", None)
     again_tokens, again = profile(model, tmp_path, 64)
     assert again == first
     assert torch.equal(again_tokens.fit_ids, first_tokens.fit_ids)

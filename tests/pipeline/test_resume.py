@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny, token_ids
 
 import mxq
-from mxq import finish, pipeline
+from mxq import finish, pipeline, profile_stage
 from mxq.checkpoint import pack as packing
 from mxq.profiling import measure as measuring
 from mxq.quantizers import quantize_rtn
@@ -257,7 +257,7 @@ def test_a_finished_run_returns_its_result_at_once(model, whole, monkeypatch, tm
         raise AssertionError("done again")
 
     for place, name in (
-        (pipeline, "profile_routing"),
+        (profile_stage, "profile_routing"),
         (pipeline, "measure"),
         (pipeline, "plan"),
         (finish, "pack"),

@@ -68,6 +68,7 @@ LEVELS = {
     "pipeline": 7,
     "latency_tables": 9,
     "layerwise": 8,
+    "profile_stage": 6,
     "tables": 8,
     "cli": 11,
     "cli_checkpoint": 10,

@@ -17,8 +17,12 @@ from mxq.storage import move_whole, write_atomically, write_whole
 PART_SUFFIX = ".mxq-part"
 """How the name of an export ends that is not whole yet; it also starts with a dot."""
 
-_REPLACED = ("*.safetensors", "*.safetensors.index.json", "mxq_*.json")
-"""What --overwrite removes of an earlier checkpoint."""
+_REPLACED = (
+    *("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*", "mxq_*.json"),
+    *("generation_config.json", "quantize_config.json", "quant_config.json", "adapter_config.json"),
+    *("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template.*"),
+)
+"""What --overwrite removes: all that says something of an earlier checkpoint."""
 
 
 def check_destination(source: Path, destination: Path, *, overwrite: bool) -> None:
@@ -115,6 +119,9 @@ def _move(part: Path, target: Path) -> None:
     for pattern in _REPLACED:
         for stale in target.glob(pattern):
             stale.unlink()
+    for page in (target / "README.md", target / "report.html"):
+        if page.is_file() and b"mxq" in page.read_bytes():
+            page.unlink()  # about the earlier checkpoint
     for path in sorted(part.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
         move_whole(path, target / path.name)
 
