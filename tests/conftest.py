@@ -4,6 +4,7 @@ Nothing is seeded here. A test that needs randomness makes its own ``torch.Gener
 """
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +28,9 @@ def pytest_configure(config):
     os.environ["HF_DATASETS_OFFLINE"] = "1"
     # Sums depend on the number of threads, so commands run as the tests themselves do.
     os.environ["OMP_NUM_THREADS"] = "1"
+    # A shell that starts the tests in the background lets them, and what they start, ignore Ctrl-C.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Runs compute on a GPU where there is one, and results of a GPU are others.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # Tests need no GPU: kernels run in Triton's interpreter, which is chosen at decoration.
