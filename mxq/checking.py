@@ -39,7 +39,7 @@ from mxq.workspace import Workspace
 class CheckReport:
     """What was found: broken rules, and those that the folder does not show.
 
-    ``what`` says what the folder is, ``solved_for`` the engine that its plan was solved for.
+    ``what`` says what the folder is, and for which engine its plan was solved.
     """
 
     folder: Path

@@ -132,12 +132,14 @@ def report(
     """Write one HTML page on a checkpoint: bits, losses, use of experts, time, provenance."""
 
     def run() -> None:
+        measured = None
         if measures:
             resources = ResourceOptions(parse_size(memory), compute=compute)
             space = open_workspace(work or folder / "work", resources)
             with progress_display() as progress:
-                run_measure_layers(space, folder, report=progress)
-        path = write_report(folder, output, work, profiles=profiles_folder())
+                measured = run_measure_layers(space, folder, report=progress)
+        profiles = profiles_folder()
+        path = write_report(folder, output, work, profiles=profiles, measured_layers=measured)
         report_tables.show_written(path)
         if is_opened and not webbrowser.open(path.resolve().as_uri()):
             raise ValueError(f"no browser was found to open {path}; open it by hand")

@@ -2,6 +2,7 @@
 
 import json
 
+from rich.markup import escape
 from rich.table import Table
 
 from mxq.checking import CheckReport
@@ -65,7 +66,7 @@ def _table(report: CheckReport, title: str) -> Table:
         table.add_row(
             f"[{colour}]{rule.severity}[/]\n{rule.id}",
             str(len(finding.names) or ""),
-            "\n".join(_plain(line) for line in lines),
+            "\n".join(escape(line) for line in lines),
         )
     return table
 
@@ -90,7 +91,3 @@ def _as_fields(finding: Finding) -> dict[str, object]:
         "count": len(finding.names),
         "names": list(finding.names),
     }
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", r"\[")

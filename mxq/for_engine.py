@@ -5,6 +5,7 @@ The rules themselves are in ``mxq.engines``; here they meet the options, the mod
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import inf
 
 from mxq.artifacts import Allocation, BlockInfo, SensitivityTable
@@ -19,7 +20,9 @@ from mxq.engines import (
 )
 from mxq.models.adapter import ModelAdapter
 from mxq.profiling.losses import MeasureSettings
+from mxq.profiling.table import block_info
 from mxq.scheme import Scheme
+from mxq.search.allocate import best_of
 from mxq.search.problem import InfeasibleError
 
 Ties = Sequence[Sequence[Hashable]]
@@ -67,15 +70,10 @@ def best_inside(found: Inside, solve: Callable[[SensitivityTable, Ties], Allocat
     Raises:
         InfeasibleError: If none of them has a plan, with what the last of them lacks.
     """
-    plans, failed = [], None
-    for table in found.tables:
-        try:
-            plans.append(solve(table, found.restriction.ties))
-        except InfeasibleError as error:
-            failed = error
-    if not plans:
-        raise InfeasibleError(f"inside the rules of {found.rules.title}: {failed}")
-    return min(plans, key=lambda plan: plan.predicted_loss)
+    try:
+        return best_of([partial(solve, table, found.restriction.ties) for table in found.tables])
+    except InfeasibleError as error:
+        raise InfeasibleError(f"inside the rules of {found.rules.title}: {error}") from error
 
 
 def marked(plan: Allocation, found: Inside | None, unrestricted: float | None) -> Allocation:
@@ -108,12 +106,12 @@ def measured_for(
     if options.engine is None:
         return measured
     rules, blocks = load_rules(options.engine), block_infos(adapter)
-    if not rules.of_kind("not rotated"):
-        return replace(measured, schemes=_menu(rules, blocks, options, measured))
-    if measured.rotation == "on":
-        rule = rules.of_kind("not rotated")[0]
-        raise ValueError(f"--rotation on does not go with --engine {rules.engine}: {rule.says}")
-    return replace(measured, schemes=_menu(rules, blocks, options, measured), rotation="off")
+    forbids = rules.of_kind("not rotated")
+    if forbids and measured.rotation == "on":
+        says = forbids[0].says
+        raise ValueError(f"--rotation on does not go with --engine {rules.engine}: {says}")
+    rotation = "off" if forbids else measured.rotation
+    return replace(measured, schemes=_menu(rules, blocks, options, measured), rotation=rotation)
 
 
 def notes_for(options: AllocateOptions, measured: MeasureOptions) -> tuple[str, ...]:
@@ -122,10 +120,11 @@ def notes_for(options: AllocateOptions, measured: MeasureOptions) -> tuple[str, 
         return ()
     rules = load_rules(options.engine)
     ranks = f", {options.tensor_parallel} ranks" if options.tensor_parallel > 1 else ""
+    schemes = _offered(measured.schemes, measured)
     return (
         f"For {rules.title} {rules.version}{ranks}: rotation is {measured.rotation}, and only "
-        f"{', '.join(str(scheme) for scheme in measured.schemes)} are measured.",
-        *format_warnings(rules, measured.schemes),
+        f"{', '.join(str(scheme) for scheme in schemes)} are measured.",
+        *format_warnings(rules, schemes),
     )
 
 
@@ -161,19 +160,7 @@ def choices_of(
 
 def block_infos(adapter: ModelAdapter) -> tuple[BlockInfo, ...]:
     """The blocks of a model that was not run, so without tokens."""
-    return tuple(
-        BlockInfo(
-            name=block.name,
-            layer=block.layer,
-            expert=block.expert,
-            projection=block.projection,
-            out_features=block.out_features,
-            in_features=block.in_features,
-            tokens=0,
-            site=adapter.site_of(block),
-        )
-        for block in adapter.blocks()
-    )
+    return tuple(block_info(adapter, block, 0) for block in adapter.blocks())
 
 
 def _menu(
@@ -189,8 +176,7 @@ def _menu(
     """
     ranks = options.tensor_parallel
     schemes = measured.schemes or fitting_schemes(rules, blocks, ranks)
-    listed = {scheme for menu in measured.by_projection.values() for scheme in menu}
-    offered = tuple(sorted({*schemes, *listed}))
+    offered = _offered(schemes, measured)
     found = restrict(rules, blocks, offered, ranks)
     used = {
         scheme
@@ -206,6 +192,12 @@ def _menu(
             f"leave them out of --schemes (mxq check --engine {rules.engine} shows its rules)"
         )
     return schemes
+
+
+def _offered(schemes: Sequence[Scheme], measured: MeasureOptions) -> tuple[Scheme, ...]:
+    """Those schemes, and the ones that are listed for single projections."""
+    listed = {scheme for menu in measured.by_projection.values() for scheme in menu}
+    return tuple(sorted({*schemes, *listed}))
 
 
 def _check_rotation(rules: EngineRules, table: SensitivityTable) -> None:

@@ -11,6 +11,7 @@ from mxq.compute import describe
 from mxq.heldout import measure_layers
 from mxq.pipeline import open_adapter
 from mxq.progress import Report, stage
+from mxq.publish import find_record
 from mxq.storage import load_artifact
 from mxq.workspace import Workspace, make_provenance
 
@@ -38,6 +39,12 @@ def run_measure_layers(
         raise ValueError(
             f"{settings.model.model} is not the model that {work.folder} was measured on; give "
             "the folder of the original model back, or leave --measure-layers out"
+        )
+    record = find_record(folder)
+    if record is None or record.provenance.model_digest != settings.model_digest:
+        raise ValueError(
+            f"{folder} holds no checkpoint of {settings.model.model}, the model of {work.folder}; "
+            "give its own work folder with --work"
         )
     allocation = load_artifact(folder / "mxq_plan.json", Allocation)
     calibration = work.tokens()

@@ -44,9 +44,14 @@ def machine(folder: Path) -> Machine:
     Layers that a stopped run has packed there count as free: they are not written again.
     """
     packed = sum(path.stat().st_size for path in folder.glob("packed-*/*"))
+    return Machine(_free_memory(), free_disk(folder) + packed)
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes that are free in a folder, or in the nearest one above it that exists."""
     while not folder.exists():
         folder = folder.parent
-    return Machine(_free_memory(), shutil.disk_usage(folder).free + packed)
+    return shutil.disk_usage(folder).free
 
 
 def measure_rates(device: torch.device = CPU) -> Rates:

@@ -29,9 +29,7 @@ from mxq.models.source import open_source
 from mxq.planning import keep_plans, options_of, plan, run_allocate
 from mxq.preflight import check_request, check_writable
 from mxq.profile_stage import CalibrationData, run_profile
-from mxq.profiling.activation import (
-    ActivationStats,
-)
+from mxq.profiling.activation import ActivationStats
 from mxq.profiling.losses import LayerLosses, MeasureSettings
 from mxq.profiling.measure import Sharing, measure
 from mxq.progress import Report, stage

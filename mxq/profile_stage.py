@@ -19,6 +19,7 @@ from mxq.profiling.activation import (
 from mxq.profiling.calibration import CalibrationSet
 from mxq.profiling.draw import draw_calibration
 from mxq.progress import Report, stage
+from mxq.records import differences
 from mxq.workspace import (
     CalibrationTokens,
     RunSettings,
@@ -57,16 +58,25 @@ def run_profile(  # noqa: PLR0913  (what is recorded in the work folder, and the
     def make() -> tuple[CalibrationTokens, ActivationStats]:
         drawn = draw_calibration(adapter, calibration, data)
         provenance = _profile_of(adapter, drawn, calibration.expert_floor)
-        is_other = work.path("profile").is_file() and provenance != work.profile().provenance
-        if kept_for is not None and is_other:
-            raise ValueError(
-                f"{kept_for.output} holds the result of another run, made from other calibration "
-                "text; choose another --output, or allow --overwrite"
-            )
+        if kept_for is not None:
+            _check_kept(work, provenance, kept_for)
         work.save("settings", RunSettings(model, calibration, measured, adapter.source.digest()))
         return _profile(work, adapter, drawn, provenance, report)
 
     return share_calibration(work.team, make)
+
+
+def _check_kept(work: Workspace, provenance: Provenance, output: OutputOptions) -> None:
+    """Raise ValueError if the profile of a finished run would be replaced by another."""
+    try:
+        changed = differences(work.profile().provenance, provenance)
+    except ValueError:
+        return  # absent or damaged: there is nothing to keep
+    if changed:
+        raise ValueError(
+            f"{output.output} holds the result of another run, made from {changed}; choose another "
+            "--output, or allow --overwrite"
+        )
 
 
 def _seen(drawn: Drawn) -> tuple[Tensor, tuple[str, ...]]:

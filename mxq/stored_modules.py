@@ -10,8 +10,7 @@ from typing import Any
 from mxq.artifacts import BlockInfo
 from mxq.engines import DENSE, StoredFormat
 from mxq.models.files import checkpoint_files, open_safetensors
-
-WORD_BITS = 32
+from mxq.packing import WORD_BITS
 
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.([^.]+)", re.ASCII)
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)", re.ASCII)

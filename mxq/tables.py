@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mxq.artifacts import Allocation, BlockInfo, SensitivityTable
@@ -220,7 +221,7 @@ def show_needs(needs: Needs, found: Machine) -> None:
     console = make_console(stderr=True)
     console.print(table)
     for note in needs.notes:
-        console.print(_escape(note))
+        console.print(escape(note))
 
 
 def show_export(result: ExportResult) -> None:
@@ -233,7 +234,7 @@ def show_export(result: ExportResult) -> None:
     console = make_console()
     console.print(table)
     for warning in result.warnings:
-        console.print(f"[yellow]warning:[/] {_escape(warning)}")
+        console.print(f"[yellow]warning:[/] {escape(warning)}")
     console.print(
         f"Written to [bold]{result.folder}[/]: {result.tensor_bytes:,} bytes of tensors",
         soft_wrap=True,
@@ -247,7 +248,7 @@ def show_address(url: str) -> None:
 
 def show_error(message: str) -> None:
     """One clear message on the error stream."""
-    Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {_escape(message)}")
+    Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {escape(message)}")
 
 
 def make_console(*, stderr: bool = False) -> Console:
@@ -261,9 +262,9 @@ def _show_engine(plan: Allocation, console: Console) -> None:
     line = engine_line(plan)
     if line is None or plan.engine is None:
         return
-    console.print(_escape(line))
+    console.print(escape(line))
     for warning in format_warnings(load_rules(plan.engine), plan.schemes.values()):
-        console.print(f"[yellow]{_escape(warning)}")
+        console.print(f"[yellow]{escape(warning)}")
 
 
 def _column_of(block: BlockInfo) -> str:
@@ -295,7 +296,3 @@ def _yellow(lines: Sequence[str]) -> list[str]:
 
 def _first(losses: Mapping[str, MeasuredLoss]) -> MeasuredLoss:
     return next(iter(losses.values()))
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")

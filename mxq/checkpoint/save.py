@@ -29,8 +29,9 @@ FOUND_BESIDE = (
 """Patterns of the files that belong to a checkpoint beside its weights."""
 
 
-_OF_THE_FILES = {"quantization_config", "transformers_weights", "architectures", "dtype"} | {
-    "transformers_version"
+_OF_THE_FILES = {
+    *("quantization_config", "transformers_weights", "architectures", "dtype"),
+    "transformers_version",
 }
 """Fields of a configuration that say how the files are, whatever the model's says."""
 

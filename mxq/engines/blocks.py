@@ -89,12 +89,15 @@ def _of_expert(rule: Rule, block: BlockInfo) -> Hashable:
 
 
 def _of_fused(rule: Rule, block: BlockInfo) -> Hashable:
-    if block.expert is not None:
-        return None
+    return None if block.expert is not None else fused_linear(rule, block)
+
+
+def fused_linear(rule: Rule, block: BlockInfo) -> str | None:
+    """Path of the linear that a plain linear becomes a part of, None if it stays alone."""
     parent = block.name.rpartition(".")[0]
     names = (fused.name for fused in rule.fused if block.projection in fused.projections)
     name = next(names, None)
-    return None if name is None else (parent, name)
+    return None if name is None else f"{parent}.{name}"
 
 
 def _of_part(rule: Rule, block: BlockInfo) -> Hashable:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 
 from mxq.artifacts import BlockInfo
+from mxq.engines.blocks import fused_linear
 from mxq.engines.deployment import ConfigGroup, Deployment, Exported, Finding
 from mxq.engines.formats import DENSE
 from mxq.engines.rules import Rule
@@ -70,12 +71,7 @@ def _fused_differ(rule: Rule, deployment: Deployment, exported: Exported) -> Fin
 
 def fused_name(rule: Rule, block: BlockInfo) -> str | None:
     """What the engine calls the linear that a block becomes a part of, None if it stays alone."""
-    if block.expert is not None:
-        return block.site
-    parent = block.name.rpartition(".")[0]
-    names = (fused.name for fused in rule.fused if block.projection in fused.projections)
-    name = next(names, None)
-    return None if name is None else f"{parent}.{name}"
+    return block.site if block.expert is not None else fused_linear(rule, block)
 
 
 EXPORT_KINDS: Mapping[str, Callable[[Rule, Deployment, Exported], Finding | None]] = {

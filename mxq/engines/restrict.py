@@ -70,7 +70,21 @@ def fitting_schemes(
     Raises:
         ValueError: If it takes nothing for all blocks.
     """
+    menu = _default_menu(rules, blocks, ranks)
+    if menu:
+        return menu
+    if ranks == 1 or not _default_menu(rules, blocks, 1):
+        raise ValueError(_none_taken(rules, blocks[0], (Scheme.parse("bf16"),), 1))
+    raise ValueError(
+        f"{rules.title} {rules.version} takes no scheme on {ranks} ranks: they do not divide "
+        f"the sizes of the blocks, e.g. {blocks[0].name} with {blocks[0].out_features} outputs "
+        f"and {blocks[0].in_features} inputs; give another --tp"
+    )
 
+
+def _default_menu(
+    rules: EngineRules, blocks: Sequence[BlockInfo], ranks: int
+) -> tuple[Scheme, ...]:
     def first_of(bits: int, group: int | None) -> list[Scheme]:
         grids = [Scheme(bits, 16, group, symmetric) for symmetric in (False, True)]
         taken = [s for s in grids if _fits_all(rules, blocks, s, ranks)]
@@ -82,23 +96,7 @@ def fitting_schemes(
     if not menu:
         floats = (Scheme.parse("fp8"), Scheme.parse("bf16"))
         menu = [s for s in floats if _fits_all(rules, blocks, s, ranks)]
-    if not menu and (ranks == 1 or not _has_menu(rules, blocks)):
-        raise ValueError(_none_taken(rules, blocks[0], (Scheme.parse("bf16"),), 1))
-    if not menu:
-        raise ValueError(
-            f"{rules.title} {rules.version} takes no scheme on {ranks} ranks: they do not divide "
-            f"the sizes of the blocks, e.g. {blocks[0].name} with {blocks[0].out_features} outputs "
-            f"and {blocks[0].in_features} inputs; give another --tp"
-        )
     return tuple(sorted(menu))
-
-
-def _has_menu(rules: EngineRules, blocks: Sequence[BlockInfo]) -> bool:
-    """Whether the engine takes anything for all blocks on one rank."""
-    try:
-        return bool(fitting_schemes(rules, blocks))
-    except ValueError:
-        return False
 
 
 def format_warnings(rules: EngineRules, schemes: Iterable[Scheme]) -> tuple[str, ...]:

@@ -13,10 +13,9 @@ import numpy as np
 
 from mxq.artifacts import Allocation, SensitivityTable
 from mxq.config import AllocateOptions
-from mxq.search.allocate import Question, answer, least_loss_within, uniform_plans
+from mxq.search.allocate import Question, answer, best_of, least_loss_within, uniform_plans
 from mxq.search.cost import LatencyModel
 from mxq.search.prepared import Prepared, prepare, price
-from mxq.search.problem import InfeasibleError
 from mxq.search.solver_lagrangian import solve_lagrangian
 
 SOLVER_SECONDS = 0.5
@@ -91,7 +90,8 @@ class Session:
             start = time.perf_counter()
             rules = self._rules_of(options)
             limits = (limit, options.floor_bits, options.max_latency_us)
-            plan = _best([Question(prepared, *limits, self._solver) for prepared in rules.prepared])
+            questions = (Question(p, *limits, self._solver) for p in rules.prepared)
+            plan = best_of([partial(answer, question) for question in questions])
             seconds = time.perf_counter() - start
         beside = None
         if options.floor_bits is None:
@@ -125,15 +125,3 @@ class Session:
             ),
             tuple(plan for priced in allowed for plan in uniform_plans(priced)),
         )
-
-
-def _best(questions: Sequence[Question]) -> Allocation:
-    """The plan of least loss; a table without a plan is passed over if another one has one."""
-    plans: list[Allocation] = []
-    for place, question in enumerate(questions):
-        try:
-            plans.append(answer(question))
-        except InfeasibleError:
-            if not plans and place == len(questions) - 1:
-                raise
-    return min(plans, key=lambda plan: plan.predicted_loss)

@@ -64,7 +64,7 @@ def make_table(
             ]
         rows.append(_monotone(block, settings.schemes, row))
         quantizers.append(measured.quantizer)
-        infos.append(_info(adapter, block, measured.tokens))
+        infos.append(block_info(adapter, block, measured.tokens))
     return SensitivityTable(
         blocks=tuple(infos),
         schemes=settings.schemes,
@@ -116,7 +116,8 @@ def _monotone(
     )
 
 
-def _info(adapter: ModelAdapter, block: LinearBlock, tokens: int) -> BlockInfo:
+def block_info(adapter: ModelAdapter, block: LinearBlock, tokens: int) -> BlockInfo:
+    """The numbers of a block that an allocation needs."""
     return BlockInfo(
         name=block.name,
         layer=block.layer,

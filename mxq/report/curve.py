@@ -5,13 +5,14 @@ first, and those that no longer fit in the time are left out and named.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from mxq.artifacts import Allocation, SensitivityTable
 from mxq.for_engine import Ties, best_inside, inside
 from mxq.report.facts import Facts
-from mxq.search.allocate import allocate, uniform
+from mxq.search.allocate import allocate, uniform_plans
+from mxq.search.prepared import price
 from mxq.search.problem import InfeasibleError
 
 STEPS = (0.94, 1.06, 0.88, 1.13, 0.8, 1.22, 0.72, 1.34, 0.64, 1.5, 0.55, 1.75)
@@ -70,7 +71,7 @@ def loss_curve(facts: Facts, *, seconds: float = 20.0) -> Curve | None:
         spoken += "; the plan's own limits of bits by layer and of time are left out there"
     return Curve(
         plan=_point("this plan", facts.plan),
-        uniform=tuple(_uniform_points(facts.table)),
+        uniform=tuple(_uniform_points([whole] if inner is None else inner.tables)),
         neighbours=tuple(sorted(solved, key=lambda point: point.block_bytes)),
         unit=facts.table.unit,
         rule=spoken + ".",
@@ -89,12 +90,10 @@ def _neighbours(solve: Callable[..., Allocation], bits: float, seconds: float) -
         yield _point("solved again", plan)
 
 
-def _uniform_points(table: SensitivityTable) -> Iterator[Point]:
-    for scheme in table.schemes:
-        try:
-            yield _point(str(scheme), uniform(table, scheme))
-        except ValueError:
-            continue  # does not fit every block, so there is no uniform plan of it
+def _uniform_points(tables: Sequence[SensitivityTable]) -> Iterator[Point]:
+    plans = {plan.description: plan for t in tables for plan in uniform_plans(price(t, None, None))}
+    for name, plan in plans.items():
+        yield _point(name.removeprefix("uniform "), plan)
 
 
 def _point(label: str, plan: Allocation) -> Point:

@@ -100,6 +100,23 @@ def answer(question: Question) -> Allocation:
     return _allocation(priced, found, question.limit / priced.weights, ", ".join(parts))
 
 
+def best_of(solves: Sequence[Callable[[], Allocation]]) -> Allocation:
+    """The plan of least predicted loss among those that the functions give.
+
+    Raises:
+        InfeasibleError: If none of them finds a plan: that of the last one.
+    """
+    plans, failed = [], InfeasibleError("nothing to choose from")
+    for solve in solves:
+        try:
+            plans.append(solve())
+        except InfeasibleError as error:
+            failed = error
+    if not plans:
+        raise failed
+    return min(plans, key=lambda plan: plan.predicted_loss)
+
+
 def uniform(
     table: SensitivityTable,
     scheme: Scheme,

@@ -221,6 +221,15 @@ def test_no_change_of_a_model_is_lost_without_a_word(tied, tmp_path, change):
     assert not (tmp_path / "changed").exists()
 
 
+def test_adapters_are_saved_by_transformers(dense, tmp_path, monkeypatch):
+    model, saved = load(dense), []
+    model._hf_peft_config_loaded = True
+    monkeypatch.setattr(type(model), "save_pretrained", lambda *a, **o: saved.append((a, o)))
+    model.save_pretrained(tmp_path / "adapter", max_shard_size="1GB")
+    expected = (model, tmp_path / "adapter", True, None, False), {"max_shard_size": "1GB"}
+    assert saved == [expected]
+
+
 def test_a_changed_configuration_is_saved(tied, tmp_path):
     model = load(tied)
     model.config.rms_norm_eps = 0.5

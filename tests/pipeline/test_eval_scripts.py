@@ -13,7 +13,7 @@ from lm_eval import tasks
 from transformers import AutoModelForCausalLM
 
 from mxq import demo, scoring
-from mxq.evaluation import demo_tasks, domains, loading, reference, texts
+from mxq.evaluation import demo_tasks, domains, harness, loading, reference, texts
 
 perplexity = script("perplexity")
 zero_shot = script("zero_shot")
@@ -275,6 +275,24 @@ def test_accuracy_of_demo_tasks_matches_a_slow_loop(model_folder, tmp_path):
     assert model["tasks"]["demo"]["n"] == 20
     questions = [(q.prompt, q.choices, q.answer) for q in demo.questions(20)]
     assert metrics["acc"]["value"] == pytest.approx(slow_accuracy(model_folder, questions))
+
+
+def test_a_model_that_rules_tokens_out_has_an_accuracy(model_folder, tmp_path, monkeypatch):
+    options = ("--tasks", "demo", "--limit", "4")
+    expected = run(zero_shot, tmp_path, model_folder, *options)
+    load = harness.load_model
+
+    def rule_out(module, inputs, output):
+        output.logits[..., -1] = -math.inf
+
+    def ruled_out(name, **others):
+        model = load(name, **others)
+        model.register_forward_hook(rule_out)
+        return model
+
+    monkeypatch.setattr(harness, "load_model", ruled_out)
+    found = run(zero_shot, tmp_path, model_folder, *options)
+    assert found["models"][0]["tasks"].keys() == expected["models"][0]["tasks"].keys()
 
 
 def test_a_broken_model_has_no_accuracy(model_folder, tmp_path, capsys):

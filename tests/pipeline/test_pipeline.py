@@ -387,6 +387,13 @@ def test_a_refused_run_leaves_the_work_of_the_other_as_it_was(model, tmp_path):
     assert mxq.quantize(model, **again).profile.provenance.calibration_digest
 
 
+def test_a_damaged_profile_of_a_finished_run_is_made_anew(model, tmp_path):
+    options = {"output": tmp_path / "out", "bits": 4, **FAST, "quantizer": "rtn"}
+    first = mxq.quantize(model, **options)
+    (tmp_path / "out" / "work" / "profile.json").write_text("{")
+    assert mxq.quantize(model, **options).losses == first.losses
+
+
 def test_a_plan_is_not_solved_on_losses_of_other_text(model, tmp_path):
     mxq.quantize(model, output=tmp_path / "out", bits=4, **FAST, quantizer="rtn")
     work = pipeline.Workspace(tmp_path / "out" / "work")

@@ -266,6 +266,16 @@ def test_what_each_layer_loses_is_measured_for_the_page(out):
     assert (out / "work" / "layer_losses.json").stat().st_mtime_ns == before
 
 
+def test_layers_are_not_measured_against_another_model(out, tmp_path):
+    other = save_tiny(tmp_path / "other", seed=1)
+    mxq.quantize(
+        other, output=tmp_path / "theirs", bits=4, calibration="demo", samples=8, seqlen=16
+    )
+    message = run("report", out, "--measure-layers", "--work", tmp_path / "theirs/work", status=1)
+    assert "holds no checkpoint of" in message
+    assert not (tmp_path / "theirs/work/layer_losses.json").exists()
+
+
 def test_the_command_of_a_run_is_the_one_that_was_given(line, finished, monkeypatch):
     _, *arguments = shlex.split(command(gather(finished).origin))
     given = options_of([*line, "--output", "OUT"], monkeypatch)

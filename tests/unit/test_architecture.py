@@ -53,7 +53,7 @@ LEVELS = {
     "report": 6,
     "scoring": 3,
     "heldout": 4,
-    "progress": 4,
+    "progress": 1,
     "choices": 5,
     "publish": 5,
     "latency": 5,

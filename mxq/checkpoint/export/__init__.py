@@ -1,6 +1,6 @@
 """Finished checkpoints in the formats of other tools: one function for each."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,15 +15,13 @@ from mxq.checkpoint.export.folder import (
 from mxq.checkpoint.export.gptq import plan_gptq
 from mxq.checkpoint.export.packed import PackedCheckpoint, open_checkpoint
 from mxq.checkpoint.export.plan import Exporter, ExportOptions, ExportPlan, Group
+from mxq.progress import Report
 
 EXPORTS: Mapping[str, Exporter] = {
     "compressed-tensors": plan_compressed_tensors,
     "gptq": plan_gptq,
     "dequantized": plan_dequantized,
 }
-
-Report = Callable[[str, str, int, int], None]
-"""``(stage, step, done, total)``: progress of an export."""
 
 
 @dataclass(frozen=True, slots=True)

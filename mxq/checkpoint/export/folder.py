@@ -11,11 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mxq.checkpoint.writer import copy_companions
+from mxq.machine import free_disk
 from mxq.models.files import read_json
-from mxq.storage import move_whole, write_atomically, write_whole
-
-PART_SUFFIX = ".mxq-part"
-"""How the name of an export ends that is not whole yet; it also starts with a dot."""
+from mxq.storage import TEMPORARY_SUFFIX, move_whole, write_atomically, write_whole
 
 _REPLACED = (
     *("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*", "mxq_*.json"),
@@ -46,14 +44,11 @@ def check_destination(source: Path, destination: Path, *, overwrite: bool) -> No
 
 def check_disk(destination: Path, needed_bytes: int) -> None:
     """Raise ValueError if the disk of a folder that may not exist yet lacks room."""
-    folder = destination.resolve()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    free = free_disk(destination.resolve())
     if needed_bytes > free:
         raise ValueError(
-            f"the export needs {needed_bytes:,} bytes and {free:,} are free at {folder}; choose "
-            "another disk, or make room"
+            f"the export needs {needed_bytes:,} bytes and {free:,} are free for {destination}; "
+            "choose another disk, or make room"
         )
 
 
@@ -65,7 +60,7 @@ def whole_folder(destination: Path) -> Iterator[Path]:
     whole; then its configuration goes first.
     """
     target = destination.resolve()
-    part = target.with_name(f".{target.name}{PART_SUFFIX}")
+    part = target.with_name(f".{target.name}{TEMPORARY_SUFFIX}")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
