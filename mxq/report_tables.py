@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from mxq.publish import PLAN
 from mxq.report import palette
 from mxq.report.facts import Cell, Facts, gather
 from mxq.report.origin import UNTOLD, command
@@ -22,7 +23,8 @@ from mxq.report.words import (
     scheme_uses,
     warnings,
 )
-from mxq.tables import make_console, show_work
+from mxq.tables import show_work
+from mxq.terminal import make_console
 from mxq.workspace import Workspace
 
 MARKS = "0123456789abcdefg"
@@ -38,7 +40,7 @@ def show_folder(folder: Path, work: Path | None = None) -> None:
     Raises:
         ValueError: If it is neither.
     """
-    if (folder / "mxq_plan.json").is_file():
+    if (folder / PLAN).is_file():
         show_facts(gather(folder, work))
         return
     space = Workspace(folder)

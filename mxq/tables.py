@@ -17,10 +17,8 @@ from mxq.profiling.activation import ActivationStats
 from mxq.report.words import cold_experts, engine_line, few_tokens, unrouted_experts
 from mxq.resources import Needs, about, gib
 from mxq.scheme import Scheme
+from mxq.terminal import make_console
 from mxq.workspace import Workspace
-
-NARROWEST = 100
-"""Columns to assume where the output is not a terminal."""
 
 
 def show_result(result: QuantizeResult) -> None:
@@ -249,13 +247,6 @@ def show_address(url: str) -> None:
 def show_error(message: str) -> None:
     """One clear message on the error stream."""
     Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {escape(message)}")
-
-
-def make_console(*, stderr: bool = False) -> Console:
-    """The terminal, or a page wide enough for the tables."""
-    console = Console(stderr=stderr)
-    width = console.width if console.is_terminal else max(console.width, NARROWEST)
-    return Console(stderr=stderr, width=width)
 
 
 def _show_engine(plan: Allocation, console: Console) -> None:

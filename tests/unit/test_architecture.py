@@ -37,6 +37,7 @@ LEVELS = {
     "numerics": 1,
     "packing": 1,
     "storage": 1,
+    "terminal": 1,
     "records": 1,
     "distributed": 1,
     "kernels": 2,
