@@ -6,7 +6,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mxq.checkpoint.export import ExportResult, export_checkpoint
 from mxq.checkpoint.export.plan import ExportOptions
 from mxq.choices import Choices, pick
 from mxq.config import (
@@ -21,6 +20,7 @@ from mxq.config import (
     parse_menu,
     parse_size,
 )
+from mxq.exporting import ExportResult, run_export
 from mxq.finish import QuantizeResult
 from mxq.latency import profile_folder
 from mxq.pipeline import run_quantize
@@ -189,7 +189,7 @@ def export(  # noqa: PLR0913  (each option stands alone and has a default)
         ValueError: For anything that the caller can mend, with what to do.
     """
     options = ExportOptions(dtype, checkpoint_format)
-    return export_checkpoint(
+    return run_export(
         Path(checkpoint), Path(destination), to, options, overwrite=overwrite, report=progress
     )
 

@@ -8,7 +8,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from mxq.artifacts import Allocation, BlockInfo, SensitivityTable
-from mxq.checkpoint.export import ExportResult
 from mxq.engines import format_warnings, load_rules
 from mxq.finish import QuantizeResult
 from mxq.heldout import MeasuredLoss
@@ -220,23 +219,6 @@ def show_needs(needs: Needs, found: Machine) -> None:
     console.print(table)
     for note in needs.notes:
         console.print(escape(note))
-
-
-def show_export(result: ExportResult) -> None:
-    """What an export wrote, and where it is known to go wrong."""
-    table = Table(title=f"Exported to {result.to}")
-    for column in ("scheme", "modules", "written as"):
-        table.add_column(column, justify="right" if column == "modules" else "left")
-    for group in result.groups:
-        table.add_row(group.scheme, f"{group.modules:,}", group.written_as)
-    console = make_console()
-    console.print(table)
-    for warning in result.warnings:
-        console.print(f"[yellow]warning:[/] {escape(warning)}")
-    console.print(
-        f"Written to [bold]{result.folder}[/]: {result.tensor_bytes:,} bytes of tensors",
-        soft_wrap=True,
-    )
 
 
 def show_address(url: str) -> None:

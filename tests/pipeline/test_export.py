@@ -118,7 +118,7 @@ def test_it_holds_the_tokenizer_and_nothing_of_mxq(uniform, tmp_path):
 @pytest.mark.parametrize("to", ["compressed-tensors", "gptq", "dequantized"])
 def test_the_size_checked_before_is_the_size_written(to, uniform, tmp_path, monkeypatch):
     checked = []
-    monkeypatch.setattr(mxq.checkpoint.export, "check_disk", lambda _, size: checked.append(size))
+    monkeypatch.setattr(mxq.exporting, "check_disk", lambda _, size: checked.append(size))
     result = mxq.export(uniform.folder, tmp_path / "out", to=to)
     tensors, _ = tensors_of(tmp_path / "out")
     assert checked == [result.tensor_bytes] == [sum(t.nbytes for t in tensors.values())]
