@@ -26,7 +26,7 @@ def show_export(result: ExportResult) -> None:
         console.print(_verdicts(result.verdicts))
         console.print(
             f"Nothing was run in an engine. mxq check {escape(str(result.folder))} --engine NAME "
-            "says what to do about each rule, and takes --tp.",
+            "says what each rule is and what to do; README.md there lists them.",
             soft_wrap=True,
         )
     folder = f"[bold]{escape(str(result.folder))}[/]"
@@ -63,26 +63,14 @@ def _show_record(console: Console, record: ExportRecord) -> None:
 
 
 def _verdicts(verdicts: Sequence[Verdict]) -> Table:
-    table = Table(title="What engines make of it, by their rules", show_lines=True)
+    table = Table(title="What engines make of it, by their rules")
     table.add_column("engine")
-    table.add_column("errors in full, warnings by name", ratio=1, overflow="fold")
+    table.add_column("errors: it stops, or computes something else", style="red", ratio=3)
+    table.add_column("warnings", style="yellow", ratio=2)
     for verdict in verdicts:
-        table.add_row(escape(engine_name(verdict)), "\n".join(_lines(verdict)))
+        table.add_row(escape(engine_name(verdict)), _ids(verdict.errors), _ids(verdict.warnings))
     return table
 
 
-def _lines(verdict: Verdict) -> list[str]:
-    if not verdict.findings:
-        return ["[green]no rule is broken[/]"]
-    lines = [_error(finding) for finding in verdict.errors]
-    if not lines:
-        lines = ["[green]no errors[/]"]
-    if verdict.warnings:
-        names = ", ".join(finding.rule.id for finding in verdict.warnings)
-        lines.append(f"[yellow]warning[/] {escape(names)}")
-    return lines
-
-
-def _error(finding: Finding) -> str:
-    rule = finding.rule
-    return f"[red]error[/] {escape(f'{rule.id}: {rule.says} Found: {finding.detail}.')}"
+def _ids(findings: Sequence[Finding]) -> str:
+    return escape(", ".join(finding.rule.id for finding in findings)) or "[green]none[/]"

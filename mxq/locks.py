@@ -34,21 +34,6 @@ def hold(folder: Path, *, at: str, instead: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def is_left(folder: Path) -> bool:
-    """Whether a folder was held by a process that ended without giving it back."""
-    try:
-        descriptor = os.open(folder / LOCK, os.O_RDWR)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(descriptor)
-    return True
-
-
 def _lock(path: Path, doing: str) -> int:
     """Descriptor of the locked file.
 

@@ -33,7 +33,7 @@ def _several_groups(rule: Rule, deployment: Deployment, exported: Exported) -> F
     names = tuple(group.name for group in exported.groups)
     if len(names) <= 1:
         return None
-    return Finding(rule, names, f"found {len(names)} groups")
+    return Finding(rule, names, f"it has {len(names)} groups")
 
 
 def _misread_experts(rule: Rule, deployment: Deployment, exported: Exported) -> Finding | None:
@@ -76,7 +76,7 @@ def fused_name(rule: Rule, block: BlockInfo) -> str | None:
 
 def _overridden(rule: Rule, deployment: Deployment, exported: Exported) -> Finding | None:
     names = exported.overrides
-    return Finding(rule, names, f"'dynamic' has {len(names)} patterns") if names else None
+    return Finding(rule, names, f"it has {len(names)} patterns") if names else None
 
 
 def _renamed(rule: Rule, deployment: Deployment, exported: Exported) -> Finding | None:

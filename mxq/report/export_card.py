@@ -102,11 +102,11 @@ def how_made(record: ExportRecord, origin: Origin | None) -> tuple[str, ...]:
 
 
 def _opening(record: ExportRecord, facts: Facts | None) -> str:
-    what = f"of {facts.plan.bits_per_weight:.3f} bits per weight" if facts is not None else ""
+    bits = "" if facts is None else f" of {facts.plan.bits_per_weight:.3f} bits per weight"
     return (
-        f"A checkpoint of mxq {what}, written for other tools by `mxq export`. All tensors are "
+        f"A checkpoint of mxq{bits}, written for other tools by `mxq export`. All tensors are "
         f"{byte_count(record.tensor_bytes)}. mxq is not needed to load it."
-    ).replace("mxq ,", "mxq,")
+    )
 
 
 def _loading(record: ExportRecord, verdicts: Sequence[Verdict], origin: Origin | None) -> str:
@@ -120,8 +120,16 @@ tokenizer = AutoTokenizer.from_pretrained(folder)"""
         return f"As the original: it is a plain model.\n\n{fenced(snippet, 'python')}"
     lines = {engine: fenced(start) for engine, start in _START.items()}
     lines["transformers"] = fenced(snippet, "python")
-    taken = [v for v in verdicts if not v.errors]
-    parts = [f"{engine_name(v)}:\n\n{lines[v.rules.engine]}" for v in taken]
+    parts = []
+    for verdict in verdicts:
+        if not verdict.errors:
+            mind = ", mind the warnings" if verdict.warnings else ""
+            parts.append(f"{engine_name(verdict)}{mind}:\n\n{lines[verdict.rules.engine]}")
+    if not parts:
+        parts.append(
+            "None of the engines below takes it. The checkpoint that it was exported from loads in "
+            "transformers, after `import mxq`."
+        )
     refused = ", ".join(engine_name(v) for v in verdicts if v.errors)
     if refused:
         parts.append(f"Not with {refused}, whose rules it breaks: see the warnings.")

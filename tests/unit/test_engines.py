@@ -153,6 +153,8 @@ BREAKS = {
             )
         ),
     ),
+    ("transformers", "gptq-dynamic"): deployed(method="gptq", exported=Exported(overrides=(".*",))),
+    ("transformers", "expert-names"): deployed(exported=Exported(renamed=("layers.0.experts",))),
     ("transformers", "grouped"): deployed(exported=Exported(ungrouped=("model.layers.0.up",))),
     ("trtllm", "formats"): deployed(where("o_proj", W8), usual=FP8),
     ("trtllm", "experts-alike"): deployed(lambda b: DENSE if b.expert == 0 else None, usual=FP8),
@@ -198,8 +200,10 @@ WARNS = {
         method="gptq", exported=Exported(claimed=("model.layers.0.mlp.gate",))
     ),
     ("vllm", "targets-match"): deployed(exported=Exported(unmatched=("re:.*nothing",))),
+    ("vllm", "expert-names"): deployed(exported=Exported(renamed=("layers.0.experts",))),
     ("sglang", "gptq-unread"): deployed(method="gptq"),
     ("transformers", "untried-formats"): deployed(usual=FP8),
+    ("transformers", "packing-release"): deployed(usual=StoredFormat("packed", 3)),
     ("transformers", "dequantize"): deployed(where("o_proj", W8)),
 }
 
@@ -242,7 +246,7 @@ def test_own_checkpoints_are_held_against_the_rules_of_what_they_export_to():
 
 def test_rules_about_an_export_are_listed_where_there_is_none():
     ids = {rule.id for rule in unchecked(deployed(), load_rules("vllm"))}
-    assert ids == {"ignored", "grouped", "targets-match"}
+    assert ids == {"expert-names", "ignored", "grouped", "targets-match"}
     assert unchecked(deployed(exported=Exported()), load_rules("vllm")) == ()
 
 

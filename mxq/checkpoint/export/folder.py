@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mxq.checkpoint.writer import copy_companions
-from mxq.locks import LOCK, hold, is_left
+from mxq.locks import LOCK, hold
 from mxq.machine import free_disk
 from mxq.models.files import read_json
 from mxq.storage import TEMPORARY_SUFFIX, move_whole, write_atomically, write_whole
@@ -66,24 +66,34 @@ def whole_folder(destination: Path) -> Iterator[Path]:
     """
     target = destination.resolve()
     part = target.with_name(f".{target.name}{TEMPORARY_SUFFIX}")
-    with hold(part, at=f"an export to {destination}", instead="another folder to write"):
-        _remove_left(target.parent)
-        try:
-            _empty(part)
-            yield part
-            _move(part, target)
-        finally:
-            _empty(part)
-    # Another export to the same folder may hold it by now.
-    with suppress(OSError):
-        part.rmdir()
+    try:
+        with hold(part, at=f"an export to {destination}", instead="another folder to write"):
+            _remove_left(target.parent)
+            yield from _filled(part, target)
+    finally:
+        # Another export to the same folder may hold it by now; then it is not empty.
+        with suppress(OSError):
+            part.rmdir()
+
+
+def _filled(part: Path, target: Path) -> Iterator[Path]:
+    try:
+        _empty(part)
+        yield part
+        _move(part, target)
+    finally:
+        _empty(part)
 
 
 def _remove_left(parent: Path) -> None:
     """Remove the folders of killed exports; one that a process still holds is left alone."""
     for folder in parent.glob(f".*{TEMPORARY_SUFFIX}"):
-        if is_left(folder):
-            shutil.rmtree(folder, ignore_errors=True)
+        if not (folder / LOCK).is_file():
+            continue
+        with suppress(ValueError), hold(folder, at=str(folder), instead="another"):
+            _empty(folder)
+        with suppress(OSError):  # it is not empty while it is held
+            folder.rmdir()
 
 
 def _empty(part: Path) -> None:
