@@ -179,11 +179,11 @@ def export(  # noqa: PLR0913  (each option stands alone and has a default)
         to: "compressed-tensors", "gptq" or "dequantized".
         dtype: Type of dequantized weights: "bfloat16" (None), "float16" or "float32".
         checkpoint_format: "gptq" or "gptq_v2"; None is the latter where there are zero points.
-        overwrite: Whether to replace a checkpoint that the destination holds.
+        overwrite: Whether to replace a checkpoint that the destination holds, its card too.
         progress: Called with ``(stage, step, done, total)``.
 
     Returns:
-        What was written, and in which tools it is known to go wrong.
+        What was written, and which rules of each engine it breaks (``verdicts``, ``warnings``).
 
     Raises:
         ValueError: For anything that the caller can mend, with what to do.
