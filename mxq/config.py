@@ -15,6 +15,7 @@ SCOPES = ("auto", "experts", "all")
 ROTATIONS = ("auto", "on", "off")
 GRANULARITIES = ("block", "expert", "projection", "layer")
 OBJECTIVES = ("loss", "mxmoe")
+TARGETS = ("original", "local")
 OWN = "own"
 """Stands for a callable of the caller's in place of a name."""
 
@@ -79,18 +80,22 @@ class MeasureOptions:
     """How blocks are quantized and what their error is said to cost.
 
     ``schemes`` empty means the default candidates, fitted to the model's dimensions. Projections
-    in ``by_projection`` ("down", "q_proj") have candidates of their own instead.
+    in ``by_projection`` ("down", "q_proj") have candidates of their own instead. ``target`` is what
+    blocks are fitted to when they are packed: "original", their outputs in the original model, or
+    "local", what their own weights make of the inputs that quantized layers give.
     """
 
     schemes: tuple[Scheme, ...] = ()
     sensitivity: str = "fisher"
-    quantizer: str = "gptq"
+    quantizer: str = "refined"
     rotation: str = "auto"
     by_projection: Mapping[str, tuple[Scheme, ...]] = field(default_factory=dict)
+    target: str = "original"
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a rotation that does not exist."""
+        """Raise ValueError for a rotation or a target that does not exist."""
         check_choice("rotation", self.rotation, ROTATIONS)
+        check_choice("target", self.target, TARGETS)
 
 
 @dataclass(frozen=True, slots=True)
