@@ -184,7 +184,7 @@ def _undominated(table: _Table, core: Core, most: Matrix) -> Choice:
     """
     loss = table.reduced - core.dual.prices[table.rows] @ table.used
     if not len(table.rows):
-        return loss.argmin(keepdims=True)
+        return np.array([loss.argmin()])
     first, others = table.used[0], table.used[1:]
     order = np.lexsort((loss, first, *others))
     is_new_group = np.concatenate([[0], (np.diff(others[:, order]) != 0).any(axis=0)])
@@ -205,7 +205,9 @@ def _beating_all_before(order: Choice, loss: Matrix, is_new_group: Choice) -> Ch
     place[np.argsort(loss[order], kind="stable")] = np.arange(len(order))
     place -= len(order) * np.cumsum(is_new_group)  # below all that the group before it has
     lowest_before = np.minimum.accumulate(place)[:-1]
-    return order[np.concatenate([[True], place[1:] < lowest_before])[: len(order)]]
+    is_lower = np.concatenate([[True], place[1:] < lowest_before])
+    beating: Choice = order[is_lower[: len(order)]]  # of no plan none
+    return beating
 
 
 def _tolerance(table: _Table, limits: Matrix) -> Matrix:
