@@ -14,7 +14,7 @@ from mxq.heldout import MeasuredLoss
 from mxq.machine import Machine
 from mxq.profiling.activation import ActivationStats
 from mxq.report.words import cold_experts, engine_line, few_tokens, unrouted_experts
-from mxq.resources import Needs, about, gib
+from mxq.resources import Needs, about, spoken_bytes
 from mxq.scheme import Scheme
 from mxq.terminal import make_console
 from mxq.workspace import Workspace
@@ -205,11 +205,12 @@ def show_needs(needs: Needs, found: Machine) -> None:
         ("memory", needs.memory_bytes, found.memory_bytes),
         ("disk", needs.disk_bytes, found.disk_bytes),
     ):
-        for name, count in parts.items():
-            table.add_row(kind if name == next(iter(parts)) else "", name, gib(count), "")
-        table.add_row(
-            "", "in all", f"[bold]{gib(sum(parts.values()))}", gib(free), end_section=True
-        )
+        taken = {name: count for name, count in parts.items() if count > 0}
+        for name, count in taken.items():
+            table.add_row(kind if name == next(iter(taken)) else "", name, spoken_bytes(count), "")
+        total = f"[bold]{spoken_bytes(sum(taken.values()))}"
+        label = "" if taken else kind
+        table.add_row(label, "in all", total, spoken_bytes(free), end_section=True)
     for name, seconds in needs.seconds.items():
         table.add_row("time" if name == next(iter(needs.seconds)) else "", name, about(seconds), "")
     table.caption = (

@@ -314,7 +314,7 @@ def test_a_stage_without_room_is_refused_before_it_begins(
     }[command]
     done = run(command, *line)
     assert done.exit_code == 1
-    assert "of memory and 0.0 GiB are free" in done.stderr
+    assert "of memory and 1.0 MiB are free" in done.stderr
     stages = {"pack": ("pack", "measured loss"), "measure": ("profile", "measure")}
     shown = [name for name in resources.STAGES if f" {name} " in done.stderr]
     assert shown == list(stages.get(command, ("profile",)))

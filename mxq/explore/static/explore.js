@@ -33,7 +33,7 @@ function start() {
     `${count(facts.weights)} weights, ${facts.calibrationTokens.toLocaleString("en")} calibration tokens`;
   fill(element("granularity"), facts.granularities, (name) => GRANULARITIES[name] ?? name);
   fill(element("view"), views.map((view) => view.name), (name) => name);
-  fill(element("engine"), ["", ...facts.engines], (name) => name || "none");
+  fillEngines();
   element("engine-row").hidden = facts.engines.length === 0;
   const { least, most } = facts.bits;
   Object.assign(element("slider"), { min: least, max: most });
@@ -49,6 +49,26 @@ function start() {
 
 function fill(select, values, label) {
   select.replaceChildren(...values.map((value) => new Option(label(value), value)));
+}
+
+/** Engines that can read no plan of this table cannot be chosen; the reasons are below and at each. */
+function fillEngines() {
+  const refused = facts.engines.filter(({ refusal }) => refusal !== null);
+  fill(element("engine"), ["", ...facts.engines.map(({ name }) => name)], (name) => name || "none");
+  for (const { name, refusal } of refused) {
+    const option = [...element("engine").options].find(({ value }) => value === name);
+    Object.assign(option, { disabled: true, title: refusal });
+  }
+  element("refused").hidden = refused.length === 0;
+  const names = refused.map(({ name }) => name).join(", ");
+  element("refused").querySelector("summary").textContent = `No plan for ${names}: why`;
+  element("refused").querySelector("ul").replaceChildren(...refused.map(({ refusal }) => item(refusal)));
+}
+
+function item(text) {
+  const entry = document.createElement("li");
+  entry.textContent = text;
+  return entry;
 }
 
 function listen() {
