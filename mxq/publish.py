@@ -31,10 +31,20 @@ PAGE = "report.html"
 
 
 @dataclass(frozen=True, slots=True)
+class UnpackedPlan:
+    """A plan that was predicted and not packed."""
+
+    description: str
+    bits_per_weight: float
+    predicted_loss: float
+
+
+@dataclass(frozen=True, slots=True)
 class RunRecord:
     """What an output folder holds, and all that a finished run has found.
 
-    ``files`` are SHA-256 digests by name, config.json last.
+    ``files`` are SHA-256 digests by name, config.json last. ``above`` is the smallest uniform plan
+    that the budget leaves out, None where there is none or an older mxq did not record it.
     """
 
     written: str
@@ -42,6 +52,7 @@ class RunRecord:
     losses: Mapping[str, MeasuredLoss]
     files: Mapping[str, str]
     provenance: Provenance
+    above: UnpackedPlan | None = None
 
 
 def check_output(options: OutputOptions, *, may_go_on: bool) -> None:
@@ -177,7 +188,7 @@ def publish(
             for stale in output.glob(pattern):
                 if stale.name not in record.files:
                     stale.unlink()
-    _write_findings(output, record, plans)
+    _write_results(output, record, plans)
     for name in left:
         move_whole(folder / name, output / name)
 
@@ -186,7 +197,7 @@ def _has(path: Path, digest: str) -> bool:
     return path.is_file() and file_digest(path) == digest
 
 
-def _write_findings(output: Path, record: RunRecord, plans: Mapping[str, Allocation]) -> None:
+def _write_results(output: Path, record: RunRecord, plans: Mapping[str, Allocation]) -> None:
     save_artifact(output / "mxq_plan.json", plans[record.written])
     facts = {
         name: _facts(plans[name], record.losses[name], name == record.written) for name in plans

@@ -57,6 +57,11 @@ def draw_calibration(
     return base, extra, heldout
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model folder has the files of a tokenizer."""
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
+
+
 def _load(
     adapter: ModelAdapter, options: CalibrationOptions, data: object | None, samples: int
 ) -> CalibrationSet:
@@ -94,7 +99,7 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     Raises:
         ValueError: If there is one that cannot be loaded.
     """
-    if not any(path.name in _TOKENIZER_FILES for path in folder.iterdir()):
+    if not has_tokenizer(folder):
         return None  # transformers would make up a tokenizer without any token
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
