@@ -16,6 +16,7 @@ from rich.progress import track
 from rich.table import Table
 
 from mxq import __version__
+from mxq.counted import counted
 from mxq.evaluation.losses import Loss, ModelLosses
 from mxq.evaluation.statistics import DRAWS, FEW_UNITS, SEED, Estimate
 from mxq.evaluation.texts import Prepared
@@ -177,7 +178,7 @@ def difference_cells(loss: Loss) -> list[str]:
 def text_title(prepared: Prepared, found: Sequence[ModelLosses]) -> str:
     """What was scored, over a table."""
     tokens = found[0].overall.tokens
-    return f"{prepared.options.text}: {tokens:,} tokens in windows of {prepared.window:,}"
+    return f"{prepared.options.text}: {counted(tokens, 'token')} in windows of {prepared.window:,}"
 
 
 def text_caption(prepared: Prepared, found: Sequence[ModelLosses]) -> str:

@@ -139,7 +139,7 @@ def unrouted_experts(unrouted: Sequence[str]) -> list[str]:
     if not unrouted:
         return []
     return [
-        f"{counted(len(unrouted), 'expert')} got no calibration token at all (e.g. {unrouted[0]}): "
+        f"{counted(len(unrouted), 'expert')} got no token at all (e.g. {unrouted[0]}): "
         "gate and up were fitted to the layer's mean inputs, down was rounded to nearest."
     ]
 
