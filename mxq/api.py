@@ -6,7 +6,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mxq.checkpoint.export import ExportResult, export_checkpoint
 from mxq.checkpoint.export.plan import ExportOptions
 from mxq.choices import Choices, pick
 from mxq.config import (
@@ -21,6 +20,7 @@ from mxq.config import (
     parse_menu,
     parse_size,
 )
+from mxq.exporting import ExportResult, run_export
 from mxq.finish import QuantizeResult
 from mxq.latency import profile_folder
 from mxq.pipeline import run_quantize
@@ -179,17 +179,17 @@ def export(  # noqa: PLR0913  (each option stands alone and has a default)
         to: "compressed-tensors", "gptq" or "dequantized".
         dtype: Type of dequantized weights: "bfloat16" (None), "float16" or "float32".
         checkpoint_format: "gptq" or "gptq_v2"; None is the latter where there are zero points.
-        overwrite: Whether to replace a checkpoint that the destination holds.
+        overwrite: Whether to replace a checkpoint that the destination holds, its card too.
         progress: Called with ``(stage, step, done, total)``.
 
     Returns:
-        What was written, and in which tools it is known to go wrong.
+        What was written, and which rules of each engine it breaks (``verdicts``, ``warnings``).
 
     Raises:
         ValueError: For anything that the caller can mend, with what to do.
     """
     options = ExportOptions(dtype, checkpoint_format)
-    return export_checkpoint(
+    return run_export(
         Path(checkpoint), Path(destination), to, options, overwrite=overwrite, report=progress
     )
 

@@ -9,16 +9,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mxq.artifacts import Allocation
+from mxq.checkpoint.export.record import find_export
 from mxq.checkpoint.format import CheckpointPlan
 from mxq.counted import counted
 from mxq.engines import (
     DENSE,
+    ENGINES,
     Deployment,
     EngineRules,
     Exported,
     Finding,
     Rule,
     StoredFormat,
+    Verdict,
     check,
     check_tensor_parallel,
     format_of,
@@ -64,7 +67,7 @@ def check_folder(folder: Path, engine: str, tensor_parallel: int = 1) -> CheckRe
     """
     rules = load_rules(engine)
     check_tensor_parallel(engine, tensor_parallel)
-    what, deployment = _read(folder, rules)
+    what, deployment = _read(folder)
     deployment = replace(deployment, tensor_parallel=tensor_parallel)
     return CheckReport(
         folder,
@@ -76,23 +79,44 @@ def check_folder(folder: Path, engine: str, tensor_parallel: int = 1) -> CheckRe
     )
 
 
-def _read(folder: Path, rules: EngineRules) -> tuple[str, Deployment]:
+def check_export(folder: Path) -> tuple[Verdict, ...]:
+    """What ``check_folder`` finds in an exported folder for each engine, on one rank.
+
+    Raises:
+        ValueError: If the folder is none that can be checked.
+    """
+    _, deployment = _read(folder)
+    every = [load_rules(engine) for engine in ENGINES]
+    return tuple(Verdict(rules, check(deployment, rules)) for rules in every)
+
+
+def _read(folder: Path) -> tuple[str, Deployment]:
     config = folder / "config.json"
     if not config.is_file():
         return _read_work(folder)
     check_links(folder)
     fields = read_json(config).get("quantization_config")
     fields = fields if isinstance(fields, dict) else {}
-    method = str(fields.get("quant_method"))
+    method, record = str(fields.get("quant_method")), find_export(folder)
+    if method not in _READERS and record is not None:
+        raise ValueError(
+            f"{folder} is a plain model that mxq export wrote of {record.name}; nothing of it is "
+            "quantized, so an engine reads it as it reads the original"
+        )
     if method not in _READERS:
         raise ValueError(
             f"{folder} is not quantized in a way that mxq check knows (quant_method {method!r}); "
             f"it reads {', '.join(_READERS)} and work folders of mxq"
         )
     try:
-        return f"{method} checkpoint", _READERS[method](folder, fields, rules)
+        deployment = _READERS[method](folder, fields)
     except ValueError as error:
         raise ValueError(f"{folder} cannot be checked: {error}") from error
+    if record is None or deployment.exported is None:
+        return f"{method} checkpoint", deployment
+    exported = replace(deployment.exported, renamed=record.renamed)
+    what = f"{method} checkpoint that mxq export {record.mxq} wrote of {record.name}"
+    return what, replace(deployment, exported=exported)
 
 
 def _read_work(folder: Path) -> tuple[str, Deployment]:
@@ -115,7 +139,7 @@ def _solved_for(plan: Allocation) -> str:
     return "" if plan.engine is None else f", solved for {plan.engine}"
 
 
-def _read_mxq(folder: Path, fields: Mapping[str, object], rules: EngineRules) -> Deployment:
+def _read_mxq(folder: Path, fields: Mapping[str, object]) -> Deployment:
     plan = CheckpointPlan.from_json(fields)
     planned = {path: format_of(scheme) for path, scheme in plan.linears.items()}
     for path, table in plan.experts.items():
@@ -135,7 +159,7 @@ def _read_mxq(folder: Path, fields: Mapping[str, object], rules: EngineRules) ->
     return replace(deployment, rotated=frozenset(rotated))
 
 
-def _read_compressed(folder: Path, fields: Mapping[str, object], rules: EngineRules) -> Deployment:
+def _read_compressed(folder: Path, fields: Mapping[str, object]) -> Deployment:
     config, modules = read_compressed(fields), read_modules(folder)
     planned: dict[str, StoredFormat] = {}
     ungrouped, claimed = [], []
@@ -153,7 +177,7 @@ def _read_compressed(folder: Path, fields: Mapping[str, object], rules: EngineRu
     return replace(_deployment(modules, planned, "compressed-tensors"), exported=exported)
 
 
-def _read_gptq(folder: Path, fields: Mapping[str, object], rules: EngineRules) -> Deployment:
+def _read_gptq(folder: Path, fields: Mapping[str, object]) -> Deployment:
     config = read_gptq(fields)
     modules = read_modules(folder, gptq_bits=lambda name: config.format_of(name).w_bits)
     planned = {name: config.format_of(name) for name, m in modules.items() if m.is_quantized}
@@ -168,7 +192,8 @@ def _read_gptq(folder: Path, fields: Mapping[str, object], rules: EngineRules) -
     exported = Exported(
         claimed=tuple(claimed),
         ungrouped=tuple(name for name, stored in planned.items() if stored == DENSE),
-        fused=_fused(config, deployment, rules),
+        fused=_fused(config, deployment),
+        overrides=config.patterns,
     )
     return replace(deployment, exported=exported)
 
@@ -193,16 +218,15 @@ def _check_stored(name: str, module: StoredModule, stored: StoredFormat) -> None
         )
 
 
-def _fused(
-    config: GptqConfig, deployment: Deployment, rules: EngineRules
-) -> dict[str, StoredFormat]:
-    """Formats under the names that the engine has for fused linears."""
-    named = [rule for rule in rules.rules if rule.kind == "fused names"]
+def _fused(config: GptqConfig, deployment: Deployment) -> dict[str, StoredFormat]:
+    """Formats under the names that engines have for fused linears."""
+    every = [rule for engine in ENGINES for rule in load_rules(engine).rules]
+    named = [rule for rule in every if rule.kind == "fused names"]
     names = {fused_name(rule, block) for rule in named for block in deployment.blocks}
     return {name: config.format_of(name) for name in names if name is not None}
 
 
-_READERS: Mapping[str, Callable[[Path, Mapping[str, object], EngineRules], Deployment]] = {
+_READERS: Mapping[str, Callable[[Path, Mapping[str, object]], Deployment]] = {
     "mxq": _read_mxq,
     "compressed-tensors": _read_compressed,
     "gptq": _read_gptq,

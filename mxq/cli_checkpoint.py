@@ -6,9 +6,8 @@ from typing import Annotated
 
 import typer
 
-from mxq import engine_tables, report_tables, tables
+from mxq import engine_tables, export_tables, report_tables, tables
 from mxq.checking import check_folder
-from mxq.checkpoint.export import export_checkpoint
 from mxq.checkpoint.export.plan import ExportOptions
 from mxq.cli_options import (
     Checkpoint,
@@ -30,6 +29,7 @@ from mxq.cli_runs import guarded, profiles_folder
 from mxq.config import ResourceOptions, parse_size
 from mxq.explore.question import Setting
 from mxq.explore.run import run_explore
+from mxq.exporting import run_export
 from mxq.layerwise import run_measure_layers
 from mxq.progress import progress_display
 from mxq.report.write import write_report
@@ -75,10 +75,10 @@ def export(
     def run() -> None:
         options = ExportOptions(dtype, checkpoint_format)
         with progress_display() as report:
-            result = export_checkpoint(
+            result = run_export(
                 checkpoint, destination, to, options, overwrite=overwrite, report=report
             )
-        tables.show_export(result)
+        export_tables.show_export(result)
 
     guarded(run)
 

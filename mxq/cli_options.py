@@ -87,5 +87,6 @@ CheckpointFormat = Annotated[
     typer.Option(help="Of --to gptq: gptq or gptq_v2; default the latter for zero points."),
 ]
 Replace = Annotated[
-    bool, typer.Option("--overwrite", help="Replace a checkpoint that the folder holds.")
+    bool,
+    typer.Option("--overwrite", help="Replace a checkpoint that the folder holds, its card too."),
 ]

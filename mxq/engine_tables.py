@@ -8,7 +8,7 @@ from rich.table import Table
 from mxq.checking import CheckReport
 from mxq.counted import counted
 from mxq.engines import Finding
-from mxq.tables import make_console
+from mxq.terminal import make_console
 
 FEW = 3
 """Names that are listed of a finding."""

@@ -8,7 +8,7 @@ from rich.table import Table
 from mxq.artifacts import Allocation
 from mxq.counted import counted
 from mxq.latency import LatencyReport, MeasuredBranch, TuneResult
-from mxq.tables import make_console
+from mxq.terminal import make_console
 
 
 def show_latency(report: LatencyReport, plans: Mapping[str, Allocation]) -> None:

@@ -11,7 +11,7 @@ from mxq.compute import describe
 from mxq.heldout import measure_layers
 from mxq.pipeline import open_adapter
 from mxq.progress import Report, stage
-from mxq.publish import find_record
+from mxq.publish import PLAN, find_record
 from mxq.storage import load_artifact
 from mxq.workspace import Workspace, make_provenance
 
@@ -46,7 +46,7 @@ def run_measure_layers(
             f"{folder} holds no checkpoint of {settings.model.model}, the model of {work.folder}; "
             "give its own work folder with --work"
         )
-    allocation = load_artifact(folder / "mxq_plan.json", Allocation)
+    allocation = load_artifact(folder / PLAN, Allocation)
     calibration = work.tokens()
     batches = _few(calibration.batches(work.device).heldout, tokens)
     plan = plan_digest(allocation)

@@ -10,7 +10,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
-WORD_BITS = 32
+from mxq.scheme import WORD_BITS
 
 
 def packed_words(codes: int, bits: int) -> int:

@@ -25,6 +25,8 @@ from mxq.storage import (
 )
 
 RECORD = "mxq_run.json"
+PLAN = "mxq_plan.json"
+RESULTS = "mxq_report.json"
 ORIGIN = "mxq_origin.json"
 CARD = "README.md"
 PAGE = "report.html"
@@ -198,12 +200,12 @@ def _has(path: Path, digest: str) -> bool:
 
 
 def _write_results(output: Path, record: RunRecord, plans: Mapping[str, Allocation]) -> None:
-    save_artifact(output / "mxq_plan.json", plans[record.written])
+    save_artifact(output / PLAN, plans[record.written])
     facts = {
         name: _facts(plans[name], record.losses[name], name == record.written) for name in plans
     }
     text = json.dumps(facts, indent=1, allow_nan=False) + "\n"
-    write_atomically(output / "mxq_report.json", text)
+    write_atomically(output / RESULTS, text)
 
 
 def _facts(plan: Allocation, loss: MeasuredLoss, written: bool) -> dict[str, object]:

@@ -8,6 +8,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from mxq.checkpoint.export.record import find_export
+from mxq.export_tables import show_exported
+from mxq.publish import PLAN
 from mxq.report import palette
 from mxq.report.comparison import comparison, legend
 from mxq.report.facts import Cell, Facts, gather
@@ -20,7 +23,8 @@ from mxq.report.words import (
     scheme_uses,
     warnings,
 )
-from mxq.tables import comparison_table, make_console, show_work
+from mxq.tables import comparison_table, show_work
+from mxq.terminal import make_console
 from mxq.workspace import Workspace
 
 MARKS = "0123456789abcdefg"
@@ -34,13 +38,17 @@ LABEL_WIDTH = 30
 
 
 def show_folder(folder: Path, work: Path | None = None) -> None:
-    """The facts of a checkpoint, or the artifacts of a work folder.
+    """The facts of a checkpoint, the origin of an exported one, or a work folder's artifacts.
 
     Raises:
         ValueError: If it is neither.
     """
-    if (folder / "mxq_plan.json").is_file():
+    if (folder / PLAN).is_file():
         show_facts(gather(folder, work))
+        return
+    exported = find_export(folder)
+    if exported is not None:
+        show_exported(folder, exported)
         return
     space = Workspace(folder)
     if not space.path("settings").is_file():

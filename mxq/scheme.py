@@ -14,6 +14,9 @@ from typing import Literal
 SCALE_BITS = 16
 """A scale is stored as float16, so that a cast of the model to another type cannot change it."""
 
+WORD_BITS = 32
+"""Codes and zero points are packed into words of that many bits."""
+
 WEIGHT_BITS = (2, 3, 4, 5, 6, 8)
 ACTIVATION_BITS = (4, 8, 16)
 GROUP_SIZES = (32, 64, 128)

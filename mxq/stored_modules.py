@@ -5,12 +5,11 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mxq.artifacts import BlockInfo
 from mxq.engines import DENSE, StoredFormat
-from mxq.models.files import checkpoint_files, open_safetensors
-from mxq.packing import WORD_BITS
+from mxq.models.headers import SHAPE, StoredTensor, stored_tensors
+from mxq.scheme import WORD_BITS
 
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.([^.]+)", re.ASCII)
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)", re.ASCII)
@@ -47,18 +46,12 @@ def read_modules(
     Raises:
         ValueError: If a file is damaged or a shape makes no sense.
     """
-    by_file: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
-    for key, file in checkpoint_files(folder).items():
-        module, _, tensor = key.rpartition(".")
-        by_file[file][module].add(tensor)
-    found = {}
-    for name in sorted(by_file):
-        with open_safetensors(folder / name) as file:
-            for module, tensors in sorted(by_file[name].items()):
-                stored = _module(file, module, tensors, gptq_bits)
-                if stored is not None:
-                    found[module] = stored
-    return found
+    modules: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
+    for key, stored in stored_tensors(folder).items():
+        name, _, part = key.rpartition(".")
+        modules[name][part] = stored
+    read = ((name, _module(name, modules[name], gptq_bits)) for name in sorted(modules))
+    return {name: module for name, module in read if module is not None}
 
 
 def with_neighbours(
@@ -98,46 +91,49 @@ def _home(name: str) -> str:
     return name.rpartition(".")[0] if expert is None else expert[1]
 
 
+Parts = Mapping[str, StoredTensor]
+"""The tensors of a module by the last part of their names."""
+
+
 def _module(
-    file: Any, module: str, tensors: set[str], gptq_bits: Callable[[str], int] | None
+    module: str, parts: Parts, gptq_bits: Callable[[str], int] | None
 ) -> StoredModule | None:
-    tensor = next((name for name in _WEIGHTS if name in tensors), None)
-    if tensor is None:
+    weight = next((name for name in _WEIGHTS if name in parts), None)
+    if weight is None:
         return None
-    if gptq_bits is not None and tensor not in ("qweight", "weight"):
-        raise ValueError(f"{module} is no module of the GPTQ format: it has a {tensor}")
-    shape = file.get_slice(f"{module}.{tensor}").get_shape()
+    if gptq_bits is not None and weight not in ("qweight", "weight"):
+        raise ValueError(f"{module} is no module of the GPTQ format: it has a {weight}")
+    shape = parts[weight].shape
     if len(shape) != 2:
         return None
-    is_quantized = tensor != "weight" or "weight_scale" in tensors
+    is_quantized = weight != "weight" or "weight_scale" in parts
     n, k = shape
     words = None
-    if tensor == "weight_packed":
-        n, k = _stored_shape(file, module, tensors)
+    if weight == "weight_packed":
+        n, k = _stored_shape(module, parts)
         words = shape[1]
-    if tensor == "qweight":
+    if weight == "qweight":
         if gptq_bits is None:
             raise ValueError(f"{module} is packed as GPTQ does, which its configuration denies")
         n, k = shape[1], shape[0] * WORD_BITS // max(1, gptq_bits(module))
     is_linear = _EMBEDDING.search(module) is None
-    groups = _groups(file, module, tensors)
-    has_zeros = not tensors.isdisjoint(("weight_zero_point", "qzeros"))
-    return StoredModule(n, k, is_quantized, is_linear, words, groups, has_zeros)
+    has_zeros = not parts.keys().isdisjoint(("weight_zero_point", "qzeros"))
+    return StoredModule(n, k, is_quantized, is_linear, words, _groups(parts), has_zeros)
 
 
-def _groups(file: Any, module: str, tensors: set[str]) -> int | None:
+def _groups(parts: Parts) -> int | None:
     """Scales along the inputs: columns of compressed-tensors' scales, rows of GPTQ's."""
-    name, axis = ("scales", 0) if "qweight" in tensors else ("weight_scale", 1)
-    if name not in tensors:
+    name, axis = ("scales", 0) if "qweight" in parts else ("weight_scale", 1)
+    if name not in parts:
         return None
-    shape = file.get_slice(f"{module}.{name}").get_shape()
+    shape = parts[name].shape
     return shape[axis] if len(shape) == 2 else None
 
 
-def _stored_shape(file: Any, module: str, tensors: set[str]) -> tuple[int, int]:
-    if "weight_shape" not in tensors:
-        raise ValueError(f"{module} has no weight_shape, so its inputs are not known")
-    shape = [int(size) for size in file.get_tensor(f"{module}.weight_shape").flatten().tolist()]
+def _stored_shape(module: str, parts: Parts) -> tuple[int, int]:
+    shape = parts[SHAPE].values if SHAPE in parts else None
+    if shape is None:
+        raise ValueError(f"{module} has no {SHAPE}, so its inputs are not known")
     if len(shape) != 2 or min(shape) < 1:
-        raise ValueError(f"{module}.weight_shape holds {shape}, expected outputs and inputs")
+        raise ValueError(f"{module}.{SHAPE} holds {list(shape)}, expected outputs and inputs")
     return shape[0], shape[1]

@@ -9,7 +9,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from mxq.artifacts import Allocation, BlockInfo, SensitivityTable
-from mxq.checkpoint.export import ExportResult
 from mxq.counted import counted
 from mxq.engines import format_warnings, load_rules
 from mxq.finish import QuantizeResult
@@ -28,10 +27,8 @@ from mxq.report.words import (
 )
 from mxq.resources import Needs, about, gib
 from mxq.scheme import Scheme
+from mxq.terminal import make_console
 from mxq.workspace import Workspace
-
-NARROWEST = 100
-"""Columns to assume where the output is not a terminal."""
 
 
 def show_result(result: QuantizeResult) -> None:
@@ -232,23 +229,6 @@ def show_needs(needs: Needs, found: Machine) -> None:
         console.print(escape(note))
 
 
-def show_export(result: ExportResult) -> None:
-    """What an export wrote, and where it is known to go wrong."""
-    table = Table(title=f"Exported to {result.to}")
-    for column in ("scheme", "modules", "written as"):
-        table.add_column(column, justify="right" if column == "modules" else "left")
-    for group in result.groups:
-        table.add_row(group.scheme, f"{group.modules:,}", group.written_as)
-    console = make_console()
-    console.print(table)
-    for warning in result.warnings:
-        console.print(f"[yellow]warning:[/] {escape(warning)}")
-    console.print(
-        f"Written to [bold]{result.folder}[/]: {counted(result.tensor_bytes, 'byte')} of tensors",
-        soft_wrap=True,
-    )
-
-
 def show_address(url: str) -> None:
     """Where a page is served, and how to end it."""
     make_console().print(f"The plans are at [bold]{url}[/] (Ctrl-C ends the page)")
@@ -257,13 +237,6 @@ def show_address(url: str) -> None:
 def show_error(message: str) -> None:
     """One clear message on the error stream."""
     Console(stderr=True, soft_wrap=True).print(f"[red]error:[/] {escape(message)}")
-
-
-def make_console(*, stderr: bool = False) -> Console:
-    """The terminal, or a page wide enough for the tables."""
-    console = Console(stderr=stderr)
-    width = console.width if console.is_terminal else max(console.width, NARROWEST)
-    return Console(stderr=stderr, width=width)
 
 
 def _show_engine(plan: Allocation, console: Console) -> None:

@@ -5,12 +5,9 @@ run again; an artifact of other inputs is made anew, which the log says with wha
 refused by the stage that needs it. One run at a time writes here.
 """
 
-import fcntl
 import hashlib
 import logging
-import os
 import shutil
-import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +24,7 @@ from mxq.artifacts import Allocation, Provenance, SensitivityTable
 from mxq.compute import CPU, compute_device, describe
 from mxq.config import CalibrationOptions, MeasureOptions, ModelOptions, ResourceOptions
 from mxq.distributed import Team
+from mxq.locks import hold
 from mxq.models.activations import ActivationStore
 from mxq.models.sweep import Batches, make_batches
 from mxq.profiling.activation import ActivationStats
@@ -39,9 +37,6 @@ from mxq.storage import (
     to_text,
     write_whole,
 )
-
-LOCK = ".mxq-lock"
-"""File that a run holds locked in its work folder; the lock ends with the process."""
 
 log = logging.getLogger("mxq")
 
@@ -96,15 +91,9 @@ class Workspace:
         if not self.team.leads:
             yield
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / LOCK
-        descriptor = _lock(path)
-        try:
+        with hold(self.folder, at=str(self.folder), instead="another work folder"):
             remove_temporaries(self.folder)
             yield
-        finally:
-            path.unlink(missing_ok=True)
-            os.close(descriptor)
 
     def path(self, name: str) -> Path:
         """The file of an artifact."""
@@ -255,34 +244,3 @@ def library_versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "not installed"
     return found
-
-
-def _lock(path: Path) -> int:
-    """Descriptor of the locked file.
-
-    Raises:
-        ValueError: If another process has locked it.
-    """
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.read(descriptor, 1000).decode(errors="replace").strip()
-            os.close(descriptor)
-            raise ValueError(
-                f"another run of mxq ({holder or 'unknown'}) is at work in {path.parent}; wait "
-                "for it to end, or give another work folder"
-            ) from error
-        if _is_at(descriptor, path):
-            os.truncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
-            return descriptor
-        os.close(descriptor)  # its owner removed the file when it ended, after it was opened here
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False

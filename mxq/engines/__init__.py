@@ -6,7 +6,7 @@ rules.
 """
 
 from mxq.engines.check import check, unchecked
-from mxq.engines.deployment import ConfigGroup, Deployment, Exported, Finding
+from mxq.engines.deployment import ConfigGroup, Deployment, Exported, Finding, Verdict
 from mxq.engines.formats import DENSE, StoredFormat, format_of
 from mxq.engines.restrict import Restriction, fitting_schemes, format_warnings, restrict
 from mxq.engines.rules import (
@@ -16,6 +16,7 @@ from mxq.engines.rules import (
     Rule,
     check_engine,
     check_tensor_parallel,
+    fused_linears,
     load_rules,
 )
 
@@ -31,12 +32,14 @@ __all__ = [
     "Restriction",
     "Rule",
     "StoredFormat",
+    "Verdict",
     "check",
     "check_engine",
     "check_tensor_parallel",
     "fitting_schemes",
     "format_of",
     "format_warnings",
+    "fused_linears",
     "load_rules",
     "restrict",
     "unchecked",

@@ -11,8 +11,7 @@ from mxq.counted import counted
 from mxq.engines.deployment import is_of
 from mxq.engines.formats import StoredFormat
 from mxq.engines.rules import Accepted, Rule
-
-WORD_BITS = 32
+from mxq.scheme import WORD_BITS
 
 
 def takes(rule: Rule, block: BlockInfo, stored: StoredFormat, ranks: int) -> str | None:

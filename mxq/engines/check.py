@@ -116,6 +116,3 @@ PLAN_KINDS: Mapping[str, Callable[[Rule, Deployment], Finding | None]] = {
     "method": _is_refused,
 }
 """``(rule, deployment) -> finding``."""
-
-KINDS = frozenset({*BLOCK_KINDS, *SAME_KINDS, *PLAN_KINDS, *EXPORT_KINDS})
-"""All kinds that a rule may have."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from mxq.artifacts import BlockInfo
 from mxq.counted import counted
 from mxq.engines.formats import DENSE, StoredFormat
-from mxq.engines.rules import EXPORTED, Rule
+from mxq.engines.rules import EXPORTED, EngineRules, Rule
 
 OWN = "mxq"
 """The quant_method of mxq's own checkpoints."""
@@ -28,6 +28,8 @@ class Exported:
     ``unmatched`` are targets that no module has, ``claimed`` are unquantized modules that a group
     targets and nothing ignores, ``ungrouped`` are quantized modules of no group. ``fused`` is the
     format that the configuration gives to a linear under its name in the engine, by that name.
+    ``overrides`` are the patterns of ``dynamic``. ``renamed`` are experts that the original's files
+    hold in one tensor and these do not.
     """
 
     groups: tuple[ConfigGroup, ...] = ()
@@ -35,6 +37,8 @@ class Exported:
     claimed: tuple[str, ...] = ()
     ungrouped: tuple[str, ...] = ()
     fused: Mapping[str, StoredFormat] = field(default_factory=dict)
+    overrides: tuple[str, ...] = ()
+    renamed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,24 @@ class Finding:
     rule: Rule
     names: tuple[str, ...]
     detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the rules of an engine say of a deployment: those that are broken, errors first."""
+
+    rules: EngineRules
+    findings: tuple[Finding, ...]
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        """Broken rules that the engine does not forgive."""
+        return tuple(finding for finding in self.findings if finding.rule.is_error)
+
+    @property
+    def warnings(self) -> tuple[Finding, ...]:
+        """The others."""
+        return tuple(finding for finding in self.findings if not finding.rule.is_error)
 
 
 def is_of(block: BlockInfo, part: str) -> bool:

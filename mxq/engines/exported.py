@@ -33,7 +33,7 @@ def _several_groups(rule: Rule, deployment: Deployment, exported: Exported) -> F
     names = tuple(group.name for group in exported.groups)
     if len(names) <= 1:
         return None
-    return Finding(rule, names, f"found {len(names)} groups")
+    return Finding(rule, names, f"it has {len(names)} groups")
 
 
 def _misread_experts(rule: Rule, deployment: Deployment, exported: Exported) -> Finding | None:
@@ -74,6 +74,17 @@ def fused_name(rule: Rule, block: BlockInfo) -> str | None:
     return block.site if block.expert is not None else fused_linear(rule, block)
 
 
+def _overridden(rule: Rule, deployment: Deployment, exported: Exported) -> Finding | None:
+    names = exported.overrides
+    return Finding(rule, names, f"it has {len(names)} patterns") if names else None
+
+
+def _renamed(rule: Rule, deployment: Deployment, exported: Exported) -> Finding | None:
+    names = exported.renamed
+    said = "is one tensor for each projection in the original"
+    return Finding(rule, names, f"{names[0]} {said}") if names else None
+
+
 EXPORT_KINDS: Mapping[str, Callable[[Rule, Deployment, Exported], Finding | None]] = {
     "ignored": _claimed,
     "grouped": _ungrouped,
@@ -81,5 +92,7 @@ EXPORT_KINDS: Mapping[str, Callable[[Rule, Deployment, Exported], Finding | None
     "one group": _several_groups,
     "group of experts": _misread_experts,
     "fused names": _fused_differ,
+    "no overrides": _overridden,
+    "expert names": _renamed,
 }
 """``(rule, deployment, exported configuration) -> finding``."""

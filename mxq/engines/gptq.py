@@ -20,6 +20,11 @@ class GptqConfig:
     base: StoredFormat
     overrides: tuple[tuple["regex.Pattern[str]", StoredFormat], ...]
 
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """What the overrides are about, in their order."""
+        return tuple(pattern.pattern for pattern, _ in self.overrides)
+
     def format_of(self, module: str) -> StoredFormat:
         """The format under a module's name: the first override that matches, else the base."""
         found = (stored for pattern, stored in self.overrides if match(pattern, module))

@@ -29,7 +29,6 @@ class Restriction:
     and blocks with the same label of one of ``ties`` have the same scheme; None ties nothing.
     """
 
-    engine: str
     tensor_parallel: int
     alternatives: tuple[Allowed, ...]
     ties: tuple[tuple[Hashable, ...], ...]
@@ -57,7 +56,7 @@ def restrict(
         )
     same = [rule for kind in SAME_KINDS for rule in rules.of_kind(kind)]
     ties = tuple(tuple(SAME_KINDS[r.kind](r, block) for block in blocks) for r in same)
-    return Restriction(rules.engine, ranks, tuple(alternatives), ties)
+    return Restriction(ranks, tuple(alternatives), ties)
 
 
 def fitting_schemes(

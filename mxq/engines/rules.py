@@ -114,6 +114,20 @@ def load_rules(engine: str) -> EngineRules:
     return decode(EngineRules, json.loads(text))
 
 
+def fused_linears(method: str) -> dict[str, frozenset[str]]:
+    """Names under which engines ask an exported configuration of a method for fused linears.
+
+    Each with the projections that it holds.
+    """
+    return {
+        fused.name: frozenset(fused.projections)
+        for engine in ENGINES
+        for rule in load_rules(engine).rules
+        if rule.kind == "fused names" and rule.is_about(method)
+        for fused in rule.fused
+    }
+
+
 def check_engine(engine: str) -> None:
     """Raise ValueError with the menu unless there are rules for an engine of that name."""
     if engine not in ENGINES:

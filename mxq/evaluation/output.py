@@ -20,9 +20,7 @@ from mxq.counted import counted
 from mxq.evaluation.losses import Loss, ModelLosses
 from mxq.evaluation.statistics import DRAWS, FEW_UNITS, SEED, Estimate
 from mxq.evaluation.texts import Prepared
-
-NARROWEST = 100
-"""Columns to take at least where the output is not a terminal."""
+from mxq.terminal import NARROWEST
 
 NAME_WIDTH = 8
 """Columns that the name of a model keeps where a terminal is narrow."""

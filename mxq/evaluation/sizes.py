@@ -11,14 +11,13 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from mxq.artifacts import Allocation
 from mxq.evaluation.loading import resolve
-from mxq.models.files import checkpoint_files, open_safetensors, read_json, resolve_folder
+from mxq.models.files import read_json, resolve_folder
+from mxq.models.headers import SHAPE, StoredTensor, stored_tensors
+from mxq.publish import PLAN
 from mxq.storage import load_artifact
-
-PLAN = "mxq_plan.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,26 +34,6 @@ class Weight:
     source: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    """One tensor of a file; ``product`` is that of the values of a shape, else None."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    file: Path
-    product: int | None
-
-    @property
-    def elements(self) -> int:
-        """Numbers of the stored type."""
-        return math.prod(self.shape)
-
-    @property
-    def bits(self) -> int:
-        """Of the whole tensor; shapes are no part of the weights."""
-        return 0 if self.product is not None else self.elements * _bits_of(self.dtype)
-
-
 def weigh(name: str) -> Weight:
     """The weight of a model: a hub id, a folder, or ``demo``.
 
@@ -62,7 +41,7 @@ def weigh(name: str) -> Weight:
         ValueError: If it holds no safetensors, or they are not whole.
     """
     folder = resolve_folder(resolve(name))
-    tensors = _tensors(folder)
+    tensors = stored_tensors(folder)
     file_bytes = sum(path.stat().st_size for path in {held.file for held in tensors.values()})
     if (folder / PLAN).is_file():
         plan = load_artifact(folder / PLAN, Allocation)
@@ -75,7 +54,7 @@ def weigh(name: str) -> Weight:
     return _of_type(tensors.values(), file_bytes)
 
 
-def _of_modules(modules: Iterable[Mapping[str, _Stored]], file_bytes: int) -> Weight:
+def _of_modules(modules: Iterable[Mapping[str, StoredTensor]], file_bytes: int) -> Weight:
     """Of the modules that are quantized, if the format of each is known."""
     weights = bits = 0
     for parts in modules:
@@ -83,34 +62,22 @@ def _of_modules(modules: Iterable[Mapping[str, _Stored]], file_bytes: int) -> We
         if count is None:
             return Weight(file_bytes, None, None, None)
         weights += count
-        bits += sum(held.bits for held in parts.values())
+        bits += sum(_bits(held) for held in parts.values())
     return Weight(file_bytes, bits / weights, weights, "files")
 
 
-def _of_type(tensors: Iterable[_Stored], file_bytes: int) -> Weight:
+def _of_type(tensors: Iterable[StoredTensor], file_bytes: int) -> Weight:
     """Of a model that is not quantized: its matrices in their types."""
     matrices = [held for held in tensors if len(held.shape) > 1 and "F" in held.dtype]
     weights = sum(held.elements for held in matrices)
     if weights == 0:
         return Weight(file_bytes, None, None, None)
-    return Weight(file_bytes, sum(held.bits for held in matrices) / weights, weights, "type")
+    return Weight(file_bytes, sum(_bits(held) for held in matrices) / weights, weights, "type")
 
 
-def _tensors(folder: Path) -> dict[str, _Stored]:
-    """Shape and type of all tensors."""
-    keys: dict[str, list[str]] = defaultdict(list)
-    for key, file in checkpoint_files(folder).items():
-        keys[file].append(key)
-    found = {}
-    for name, held in keys.items():
-        path = folder / name
-        with open_safetensors(path) as file:
-            for key in held:
-                part = file.get_slice(key)
-                is_shape = key.endswith(".weight_shape")
-                product = int(file.get_tensor(key).prod()) if is_shape else None
-                found[key] = _Stored(tuple(part.get_shape()), part.get_dtype(), path, product)
-    return found
+def _bits(held: StoredTensor) -> int:
+    """Of the whole tensor; shapes are no part of the weights."""
+    return 0 if held.values is not None else held.elements * _bits_of(held.dtype)
 
 
 def _bits_of(dtype: str) -> int:
@@ -130,9 +97,9 @@ _MARKS = {".weight_packed", ".weight_scale", ".weight_scale_inv", ".qweight", "_
 """Of these parts a module that is quantized has at least one."""
 
 
-def _quantized_modules(tensors: Mapping[str, _Stored]) -> dict[str, dict[str, _Stored]]:
+def _quantized_modules(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
     """The tensors of each quantized module by part."""
-    modules: dict[str, dict[str, _Stored]] = defaultdict(dict)
+    modules: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
     for name, held in tensors.items():
         match = _PART.fullmatch(name)
         if match:
@@ -140,7 +107,7 @@ def _quantized_modules(tensors: Mapping[str, _Stored]) -> dict[str, dict[str, _S
     return {name: parts for name, parts in modules.items() if _MARKS & parts.keys()}
 
 
-def _count_weights(parts: Mapping[str, _Stored]) -> int | None:
+def _count_weights(parts: Mapping[str, StoredTensor]) -> int | None:
     """Weights of a quantized module; None if its format is not known."""
     for count in (_count_packed, _count_gptq, _count_whole):
         weights = count(parts)
@@ -149,15 +116,16 @@ def _count_weights(parts: Mapping[str, _Stored]) -> int | None:
     return None
 
 
-def _count_packed(parts: Mapping[str, _Stored]) -> int | None:
+def _count_packed(parts: Mapping[str, StoredTensor]) -> int | None:
     """Of compressed-tensors: integers with their shape beside them, or 4-bit floats in bytes."""
-    if ".weight_shape" in parts:
-        return parts[".weight_shape"].product
+    shape = parts.get(f".{SHAPE}")
+    if shape is not None and shape.values is not None:
+        return math.prod(shape.values)
     packed = parts.get(".weight_packed", parts.get("_blocks"))
     return 2 * packed.elements if packed is not None and packed.dtype == "U8" else None
 
 
-def _count_gptq(parts: Mapping[str, _Stored]) -> int | None:
+def _count_gptq(parts: Mapping[str, StoredTensor]) -> int | None:
     """Of GPTQ, whose words go along the inputs, and of AWQ, whose words go along the outputs."""
     if not {".qweight", ".scales"} <= parts.keys():
         return None
@@ -168,7 +136,7 @@ def _count_gptq(parts: Mapping[str, _Stored]) -> int | None:
     return parts[".g_idx"].elements * outputs if ".g_idx" in parts else None
 
 
-def _count_whole(parts: Mapping[str, _Stored]) -> int | None:
+def _count_whole(parts: Mapping[str, StoredTensor]) -> int | None:
     """Of formats that store one number for each weight."""
     held = parts.get(".weight", parts.get(".weight_fp8"))
     return held.elements if held is not None and _bits_of(held.dtype) == 8 else None

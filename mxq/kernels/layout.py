@@ -17,12 +17,11 @@ from torch import Tensor
 
 from mxq.kernels.spec import UNIT, WeightFormat
 from mxq.numerics import QuantizedWeight
-from mxq.scheme import Scheme
+from mxq.scheme import WORD_BITS, Scheme
 
 LANES = 4
 """Lanes of a tensor core instruction that share an output row."""
 
-WORD_BITS = 32
 CHUNK_WEIGHTS = 2**20
 """Weights reordered at a time, so that little is needed beside codes and result."""
 

@@ -3,14 +3,12 @@
 No dates and no paths of the output: the same run writes the same card.
 """
 
-import json
-import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from mxq.publish import CARD, ORIGIN
 from mxq.report.comparison import HEADS, comparison, legend
 from mxq.report.facts import Facts, gather
+from mxq.report.markdown import fenced, front_matter, listed, plain, quoted, table
 from mxq.report.origin import UNTOLD, Origin, command
 from mxq.report.words import (
     coverage,
@@ -64,32 +62,42 @@ def model_card(facts: Facts) -> str:
     """The card as Markdown; nothing in it depends on where the folder is."""
     sections = [
         _front_matter(facts),
-        f"# {_plain(facts.name)}, {facts.plan.bits_per_weight:.2f} bits per weight",
+        f"# {plain(facts.name)}, {facts.plan.bits_per_weight:.2f} bits per weight",
         _opening(facts),
         "## How to load it\n\n" + _loading(facts),
         "## What was measured\n\n" + _measured(facts),
         "## Formats\n\n" + _schemes(facts),
-        "## Coverage\n\n" + _listed(coverage(facts)),
+        "## Coverage\n\n" + listed(coverage(facts)),
     ]
     found = warnings(facts)
     if found:
-        sections.append("## Warnings\n\n" + _listed(found))
+        sections.append("## Warnings\n\n" + listed(found))
     sections.append("## How it was made\n\n" + _made(facts))
     return "\n\n".join(sections) + "\n"
 
 
+def hub_fields(origin: Origin | None) -> list[tuple[str, str]]:
+    """What the hub reads of a model's origin."""
+    fields = [("library_name", "transformers")]
+    if origin is None:
+        return fields
+    if origin.hub_id is not None:
+        fields += [("base_model", quoted(origin.hub_id)), ("base_model_relation", "quantized")]
+    if origin.auto_class == "AutoModelForCausalLM":
+        fields.append(("pipeline_tag", "text-generation"))
+    return fields
+
+
+def plans_table(facts: Facts) -> str:
+    """The table of measured plans, and what its columns are."""
+    said = [f"{name}: {meaning}" for name, meaning in legend(facts.plan.unit)]
+    return f"{table(HEADS, comparison(facts))}\n\n{listed(said)}"
+
+
 def _front_matter(facts: Facts) -> str:
-    """YAML; texts are written as JSON, which YAML reads."""
-    lines = ["library_name: transformers"]
-    if facts.origin is not None:
-        if facts.origin.hub_id is not None:
-            lines += [f"base_model: {_quoted(facts.origin.hub_id)}"]
-            lines += ["base_model_relation: quantized"]
-        if facts.origin.auto_class == "AutoModelForCausalLM":
-            lines.append("pipeline_tag: text-generation")
     kinds = ["moe"] if any(cell.expert is not None for cell in facts.cells) else []
     tags = ["mxq", "mixed-precision", "quantized", *kinds, facts.model_type]
-    return "\n".join(["---", *lines, "tags:", *(f"- {_quoted(tag)}" for tag in tags), "---"])
+    return front_matter(hub_fields(facts.origin), tags)
 
 
 def _opening(facts: Facts) -> str:
@@ -98,7 +106,7 @@ def _opening(facts: Facts) -> str:
         "its measured loss gave it."
     )
     rows = [(line.label, line.value, line.remark) for line in headlines(facts)]
-    return f"{text}\n\n{_table(('', '', ''), rows)}"
+    return f"{text}\n\n{table(('', '', ''), rows)}"
 
 
 def _loading(facts: Facts) -> str:
@@ -112,44 +120,15 @@ def _loading(facts: Facts) -> str:
 
 
 def _measured(facts: Facts) -> str:
-    said = [f"{name}: {meaning}" for name, meaning in legend(facts.plan.unit)]
-    return (
-        f"{measured_on(facts.written.heldout_tokens)}.\n\n"
-        f"{_table(HEADS, comparison(facts))}\n\n{_listed(said)}"
-    )
+    return f"{measured_on(facts.written.heldout_tokens)}.\n\n{plans_table(facts)}"
 
 
 def _schemes(facts: Facts) -> str:
     rows = [(str(use.scheme), str(use.of_experts), str(use.plain)) for use in scheme_uses(facts)]
-    return _table(("format", "blocks of experts", "other linears"), rows)
+    return table(("format", "blocks of experts", "other linears"), rows)
 
 
 def _made(facts: Facts) -> str:
     line = None if facts.origin is None else command(facts.origin)
-    told = UNTOLD if line is None else _fenced(line)
-    return f"{told}\n\n{_table(('', ''), provenance(facts))}"
-
-
-def _fenced(text: str) -> str:
-    """A code block that the text cannot end."""
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}bash\n{text}\n{fence}"
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *([_plain(cell) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _listed(lines: Sequence[str]) -> str:
-    return "\n".join(f"- {_plain(line)}" for line in lines)
-
-
-def _plain(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
-    return re.sub(r"([\\`*\[\]<>|&])", r"\\\1", " ".join(text.split()))
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+    told = UNTOLD if line is None else fenced(line)
+    return f"{told}\n\n{table(('', ''), provenance(facts))}"

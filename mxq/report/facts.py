@@ -16,7 +16,7 @@ from mxq.json_values import decode
 from mxq.models.files import read_json
 from mxq.profiling.activation import ActivationStats
 from mxq.profiling.draw import has_tokenizer
-from mxq.publish import ORIGIN, RECORD, RunRecord
+from mxq.publish import ORIGIN, PLAN, RECORD, RESULTS, RunRecord
 from mxq.report.origin import Origin
 from mxq.scheme import Scheme
 from mxq.search.allocate import check_solved_on
@@ -133,12 +133,12 @@ def gather(
     Raises:
         ValueError: If the folder is no finished checkpoint of mxq, or one of its files is damaged.
     """
-    if not (folder / "mxq_plan.json").is_file() or not (folder / "config.json").is_file():
+    if not (folder / PLAN).is_file() or not (folder / "config.json").is_file():
         raise ValueError(
-            f"{folder} is no finished checkpoint of mxq (it has no mxq_plan.json with a "
+            f"{folder} is no finished checkpoint of mxq (it has no {PLAN} with a "
             "config.json); give the folder that mxq quantize or mxq pack wrote"
         )
-    plan = load_artifact(folder / "mxq_plan.json", Allocation)
+    plan = load_artifact(folder / PLAN, Allocation)
     record = load_artifact(folder / RECORD, RunRecord)
     space = Workspace(folder / "work" if work is None else work)
     notes: list[str] = []
@@ -151,7 +151,7 @@ def gather(
         folder=folder,
         plan=plan,
         record=record,
-        results=_results(folder / "mxq_report.json", record),
+        results=_results(folder / RESULTS, record),
         cells=make_cells(plan, table),
         model_type=str(read_json(folder / "config.json").get("model_type")),
         origin=_origin(folder, notes),
@@ -252,7 +252,7 @@ def _named_cell(name: str, scheme: Scheme) -> Cell:
     """
     match = _BLOCK.fullmatch(name)
     if match is None:
-        raise ValueError(f"mxq_plan.json names {name!r}, which is no block of a decoder layer")
+        raise ValueError(f"{PLAN} names {name!r}, which is no block of a decoder layer")
     layer, path, bits = int(match[1]), match[2], float(scheme.w_bits)
     of_expert = _OF_EXPERT.fullmatch(path)
     if of_expert is None:

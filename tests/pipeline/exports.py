@@ -116,6 +116,12 @@ def stored_module(family, path):
     return path
 
 
+def rules_broken(result, engine):
+    """Identifiers of the rules that an export breaks: of errors, and of warnings."""
+    (verdict,) = (v for v in result.verdicts if v.rules.engine == engine)
+    return {f.rule.id for f in verdict.errors}, {f.rule.id for f in verdict.warnings}
+
+
 def quantization_of(folder):
     return json.loads((folder / "config.json").read_text()).get("quantization_config")
 

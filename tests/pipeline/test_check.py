@@ -117,7 +117,8 @@ def test_a_free_run_breaks_rules_and_the_table_says_how_to_mend_it(free):
         "error",
         "no-rotation",
         "Remedy: --rotation off when measuring",
-        "Not checked, for want of an exported configuration: ignored, grouped, targets-match.",
+        "Not checked, for want of an exported configuration: ignored, expert-names, grouped, "
+        "targets-match.",
         "Nothing was run in vLLM. The rules are those of 0.33.0",
     ):
         assert words in text

@@ -103,12 +103,13 @@ def test_a_plain_model_that_rounded_inputs_says_so(tmp_path):
 # The folder
 
 
-def test_it_holds_the_tokenizer_and_nothing_of_mxq(uniform, tmp_path):
+def test_it_holds_the_tokenizer_a_card_and_a_record_and_loads_without_mxq(uniform, tmp_path):
     mxq.export(uniform.folder, tmp_path / "out", to="dequantized")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "config.json", "generation_config.json", "model-00001-of-00003.safetensors",
+        "README.md", "config.json", "generation_config.json", "model-00001-of-00003.safetensors",
         "model-00002-of-00003.safetensors", "model-00003-of-00003.safetensors",
-        "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
+        "model.safetensors.index.json", "mxq_export.json", "tokenizer.json",
+        "tokenizer_config.json",
     ]  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -118,7 +119,7 @@ def test_it_holds_the_tokenizer_and_nothing_of_mxq(uniform, tmp_path):
 @pytest.mark.parametrize("to", ["compressed-tensors", "gptq", "dequantized"])
 def test_the_size_checked_before_is_the_size_written(to, uniform, tmp_path, monkeypatch):
     checked = []
-    monkeypatch.setattr(mxq.checkpoint.export, "check_disk", lambda _, size: checked.append(size))
+    monkeypatch.setattr(mxq.exporting, "check_disk", lambda _, size: checked.append(size))
     result = mxq.export(uniform.folder, tmp_path / "out", to=to)
     tensors, _ = tensors_of(tmp_path / "out")
     assert checked == [result.tensor_bytes] == [sum(t.nbytes for t in tensors.values())]
@@ -182,7 +183,8 @@ def test_overwrite_replaces_a_checkpoint_and_leaves_other_files(uniform, tmp_pat
     mxq.export(uniform.folder, out, to="dequantized", overwrite=True)
     names = {path.name for path in out.iterdir()}
     assert {"notes.md", "report.html"} <= names
-    assert names.isdisjoint({*stale, "README.md"})
+    assert names.isdisjoint(stale)
+    assert (out / "README.md").read_text().startswith("---\nlibrary_name: transformers")
     AutoModelForCausalLM.from_pretrained(out)
 
 
@@ -193,7 +195,7 @@ def test_config_json_is_moved_last(uniform, tmp_path, monkeypatch):
     )
     mxq.export(uniform.folder, tmp_path / "out", to="gptq")
     assert moved[-1] == "config.json"
-    assert len(moved) == 8
+    assert len(moved) == 10
 
 
 def test_places_that_would_spoil_the_checkpoint_are_refused(uniform, tmp_path):
@@ -243,7 +245,9 @@ def test_the_command_shows_what_was_written_and_the_warnings(tmp_path):
     assert "w4a16_g32_sym" in text
     assert "w8a16_grow_sym" in text
     assert "pack-quantized" in text
-    assert "warning: the experts have more than one scheme" in text
+    row = text.partition("transformers (without mxq)")[2].partition("TensorRT-LLM")[0]
+    assert "experts-alike-in-the-model" in row
+    assert "Nothing was run in an engine." in text
     again = CliRunner().invoke(app, command)
     assert again.exit_code == 1
     assert "is not empty" in again.output

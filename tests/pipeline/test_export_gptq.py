@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import tensors_of
-from exports import expected_tensors, is_equal, make_packed, quantization_of
+from exports import expected_tensors, is_equal, make_packed, quantization_of, rules_broken
 
 import mxq
 
@@ -175,8 +175,8 @@ def test_a_width_that_32_does_not_divide_is_refused(tmp_path):
 def test_warnings_name_what_readers_cannot_do(exported):
     _, _, mixed = exported("mixtral", "widths")
     _, _, uniform = exported("qwen2_moe", "uniform", scope="experts")
-    assert any("transformers ignores `dynamic`" in text for text in mixed.warnings)
-    assert any("vLLM 0.33 reads symmetric 4 and 8 bits" in text for text in mixed.warnings)
-    # Attention, routers and the head are plain.
-    [warning] = uniform.warnings
-    assert "says which modules are not quantized, and transformers ignores it" in warning
+    assert "gptq-dynamic" in rules_broken(mixed, "transformers")[0]
+    assert "gptq-formats" in rules_broken(mixed, "vllm")[0]
+    # Attention, routers and the head are plain, which only `dynamic` says.
+    assert rules_broken(uniform, "transformers") == ({"gptq-dynamic"}, {"gptq-unread"})
+    assert rules_broken(uniform, "vllm")[0] == set()

@@ -16,9 +16,10 @@ from tiny import save_tiny, token_ids
 import mxq
 from mxq import finish, pipeline, profile_stage
 from mxq.checkpoint import pack as packing
+from mxq.locks import LOCK
 from mxq.profiling import measure as measuring
 from mxq.quantizers import quantize_rtn
-from mxq.workspace import LOCK, Workspace
+from mxq.workspace import Workspace
 
 MENU = "w2a16_g32_asym,w4a8_g32_asym,bf16"
 IDS = token_ids(9, 16, seed=7)

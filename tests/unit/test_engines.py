@@ -34,8 +34,10 @@ from mxq.engines import (
     targets,
     unchecked,
 )
-from mxq.engines.check import KINDS
+from mxq.engines.blocks import BLOCK_KINDS, SAME_KINDS
+from mxq.engines.check import PLAN_KINDS
 from mxq.engines.compressed import read_compressed
+from mxq.engines.exported import EXPORT_KINDS
 from mxq.engines.gptq import read_gptq
 from mxq.engines.rules import Accepted, EngineRules, Fused, Rule
 from mxq.engines.targets import targets_of, unmatched
@@ -151,6 +153,8 @@ BREAKS = {
             )
         ),
     ),
+    ("transformers", "gptq-dynamic"): deployed(method="gptq", exported=Exported(overrides=(".*",))),
+    ("transformers", "expert-names"): deployed(exported=Exported(renamed=("layers.0.experts",))),
     ("transformers", "grouped"): deployed(exported=Exported(ungrouped=("model.layers.0.up",))),
     ("trtllm", "formats"): deployed(where("o_proj", W8), usual=FP8),
     ("trtllm", "experts-alike"): deployed(lambda b: DENSE if b.expert == 0 else None, usual=FP8),
@@ -196,8 +200,10 @@ WARNS = {
         method="gptq", exported=Exported(claimed=("model.layers.0.mlp.gate",))
     ),
     ("vllm", "targets-match"): deployed(exported=Exported(unmatched=("re:.*nothing",))),
+    ("vllm", "expert-names"): deployed(exported=Exported(renamed=("layers.0.experts",))),
     ("sglang", "gptq-unread"): deployed(method="gptq"),
     ("transformers", "untried-formats"): deployed(usual=FP8),
+    ("transformers", "packing-release"): deployed(usual=StoredFormat("packed", 3)),
     ("transformers", "dequantize"): deployed(where("o_proj", W8)),
 }
 
@@ -240,7 +246,7 @@ def test_own_checkpoints_are_held_against_the_rules_of_what_they_export_to():
 
 def test_rules_about_an_export_are_listed_where_there_is_none():
     ids = {rule.id for rule in unchecked(deployed(), load_rules("vllm"))}
-    assert ids == {"ignored", "grouped", "targets-match"}
+    assert ids == {"expert-names", "ignored", "grouped", "targets-match"}
     assert unchecked(deployed(exported=Exported()), load_rules("vllm")) == ()
 
 
@@ -286,7 +292,7 @@ def test_the_rules_are_well_formed_and_every_field_is_read():
         assert len({rule.id for rule in rules.rules}) == len(rules.rules)
         for written, rule in zip(document["rules"], rules.rules, strict=True):
             assert set(written) <= known[Rule]
-            assert rule.kind in KINDS
+            assert rule.kind in {*BLOCK_KINDS, *SAME_KINDS, *PLAN_KINDS, *EXPORT_KINDS}
             assert rule.says.endswith(".")
             assert rule.remedy
             assert rule.source

@@ -52,7 +52,8 @@ def plan_compressed_tensors(checkpoint: PackedCheckpoint, options: ExportOptions
         block_bytes=_block_bytes,
         quantization_config=_config(naming, blocks),
         groups=tuple(Group(str(s), counts[s], _format(s)) for s in sorted(counts)),
-        warnings=tuple(_warnings(list(blocks), naming)),
+        notes=tuple(_notes(counts)),
+        renamed=naming.unnamed,
     )
 
 
@@ -157,37 +158,9 @@ def _inputs(scheme: Scheme) -> dict[str, Any] | None:
     }
 
 
-def _warnings(blocks: Sequence[PackedBlock], naming: Naming) -> Iterable[str]:
-    routed = {block.scheme for block in blocks if block.experts is not None}
-    linear = {block.scheme for block in blocks if block.experts is None}
-    if naming.unnamed:
-        yield (
-            "the original stores all experts of a layer in one tensor, which has no form here: "
-            f"they are named one by one (first {naming.unnamed[0]}.0); engines may not find them, "
-            "and transformers 5.23 fills them with random numbers"
-        )
-    else:
-        yield from _warnings_of_experts(routed)
-    packed = {scheme for scheme in routed | linear if _format(scheme) == PACKED}
-    if any(not scheme.symmetric for scheme in packed & linear):
-        yield "linears beside the experts have zero points: transformers 5.23 stops with an error"
-    if any(scheme.w_bits in (3, 5, 6) for scheme in packed):
-        yield "3, 5 and 6 bits need compressed-tensors 0.18 or later"
-    narrow = sorted(str(s) for s in routed | linear if _format(s) == BYTES and s.w_bits < 8)
+def _notes(schemes: Collection[Scheme]) -> Iterable[str]:
+    narrow = sorted(str(s) for s in schemes if _format(s) == BYTES and s.w_bits < 8)
     if narrow:
         yield f"{', '.join(narrow)}: weights take 8 bits, because the inputs are rounded too"
-    if any(scheme.a_bits < 16 for scheme in routed | linear):
+    if any(scheme.a_bits < 16 for scheme in schemes):
         yield "inputs are rounded by the engine in its own way, which is not quite that of mxq"
-
-
-def _warnings_of_experts(schemes: Collection[Scheme]) -> Iterable[str]:
-    """What transformers makes of experts, for all of which it takes one scheme."""
-    if len(schemes) > 1:
-        yield (
-            "the experts have more than one scheme: transformers 5.23 decodes all of them as one, "
-            "without an error, and vLLM 0.33 needs one scheme for the experts of a layer"
-        )
-    elif any(_format(scheme) == BYTES for scheme in schemes):
-        yield "the experts round their inputs to integers: transformers 5.23 stops with an error"
-    elif any(not scheme.symmetric for scheme in schemes):
-        yield "the experts have zero points: transformers 5.23 stops with an error"

@@ -43,7 +43,7 @@ def plan_dequantized(checkpoint: PackedCheckpoint, options: ExportOptions) -> Ex
         block_bytes=lambda block: block.weights * dtype.itemsize,
         quantization_config=None,
         groups=tuple(Group(str(scheme), schemes[scheme], name) for scheme in sorted(schemes)),
-        warnings=_warnings(checkpoint.blocks.values()),
+        notes=_notes(checkpoint.blocks.values()),
     )
 
 
@@ -103,7 +103,7 @@ def _empty(
     return made
 
 
-def _warnings(blocks: Iterable[PackedBlock]) -> tuple[str, ...]:
+def _notes(blocks: Iterable[PackedBlock]) -> tuple[str, ...]:
     rounding = sorted({str(b.scheme) for b in blocks if b.scheme.a_bits < 16})
     if not rounding:
         return ()

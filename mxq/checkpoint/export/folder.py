@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mxq.checkpoint.writer import copy_companions
+from mxq.locks import LOCK, hold
 from mxq.machine import free_disk
 from mxq.models.files import read_json
 from mxq.storage import TEMPORARY_SUFFIX, move_whole, write_atomically, write_whole
@@ -56,18 +57,52 @@ def check_disk(destination: Path, needed_bytes: int) -> None:
 def whole_folder(destination: Path) -> Iterator[Path]:
     """A folder to fill, which becomes ``destination`` at the end, or goes if that is not reached.
 
-    What a killed export left there before is removed. An old checkpoint stays until the new one is
-    whole; then its configuration goes first.
+    It lies beside the destination and is held as long as it exists, so that one export at a time
+    writes there. What killed exports left beside the destination is removed. An old checkpoint
+    stays until the new one is whole; then its configuration goes first.
+
+    Raises:
+        ValueError: If another export to the destination is at work.
     """
     target = destination.resolve()
     part = target.with_name(f".{target.name}{TEMPORARY_SUFFIX}")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     try:
+        with hold(part, at=f"an export to {destination}", instead="another folder to write"):
+            _remove_left(target.parent)
+            yield from _filled(part, target)
+    finally:
+        # Another export to the same folder may hold it by now; then it is not empty.
+        with suppress(OSError):
+            part.rmdir()
+
+
+def _filled(part: Path, target: Path) -> Iterator[Path]:
+    try:
+        _empty(part)
         yield part
         _move(part, target)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        _empty(part)
+
+
+def _remove_left(parent: Path) -> None:
+    """Remove the folders of killed exports; one that a process still holds is left alone."""
+    for folder in parent.glob(f".*{TEMPORARY_SUFFIX}"):
+        if not (folder / LOCK).is_file():
+            continue
+        with suppress(ValueError), hold(folder, at=str(folder), instead="another"):
+            _empty(folder)
+        with suppress(OSError):  # it is not empty while it is held
+            folder.rmdir()
+
+
+def _empty(part: Path) -> None:
+    """Remove all but the lock."""
+    for path in part.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != LOCK:
+            path.unlink()
 
 
 class FolderWriter:
@@ -114,10 +149,11 @@ def _move(part: Path, target: Path) -> None:
     for pattern in _REPLACED:
         for stale in target.glob(pattern):
             stale.unlink()
-    for page in (target / "README.md", target / "report.html"):
-        if page.is_file() and b"mxq" in page.read_bytes():
-            page.unlink()  # about the earlier checkpoint
-    for path in sorted(part.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
+    page = target / "report.html"
+    if page.is_file() and b"mxq" in page.read_bytes():
+        page.unlink()  # about the earlier checkpoint; README.md is replaced by the new card
+    paths = [path for path in part.iterdir() if path.name != LOCK]
+    for path in sorted(paths, key=lambda path: (path.name == "config.json", path.name)):
         move_whole(path, target / path.name)
 
 

@@ -6,7 +6,7 @@ float16 [G, N]; ``g_idx`` int32 [K] is the group of each input. Version 1 stores
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,18 +17,13 @@ from mxq.checkpoint.export.labels import Naming, name_blocks, plain_tensors
 from mxq.checkpoint.export.packed import PackedBlock, PackedCheckpoint, Shard
 from mxq.checkpoint.export.plan import ExportOptions, ExportPlan, Group, check_quantized
 from mxq.checkpoint.export.targets import ANY, Rule
+from mxq.engines import fused_linears
 from mxq.packing import pack
 from mxq.scheme import Scheme
 
 VERSIONS = ("gptq", "gptq_v2")
 BITS = (2, 3, 4, 8)
 MULTIPLE = 32
-
-FUSED = {
-    "qkv_proj": {"q_proj", "k_proj", "v_proj"},
-    "gate_up_proj": {"gate_proj", "up_proj"},
-}
-"""Linears that an engine holds as one, by the name of that: it asks for rules by this name."""
 
 
 def plan_gptq(checkpoint: PackedCheckpoint, options: ExportOptions) -> ExportPlan:
@@ -61,14 +56,11 @@ def plan_gptq(checkpoint: PackedCheckpoint, options: ExportOptions) -> ExportPla
         return tensors
 
     counts = Counter(block.scheme for block in blocks)
-    config = _config(naming, blocks, version)
-    schemes = {block.scheme for block in blocks if block.scheme.kind != "bf16"}
     return ExportPlan(
         convert=convert,
         block_bytes=_block_bytes,
-        quantization_config=config,
+        quantization_config=_config(naming, blocks, version),
         groups=tuple(Group(str(s), counts[s], _written_as(s, version)) for s in sorted(counts)),
-        warnings=tuple(_warnings(schemes, config["dynamic"])),
     )
 
 
@@ -178,25 +170,9 @@ def _regex(rule: Rule, every: Iterable[Rule]) -> str:
     is_experts = rule.parts[-1:] == (ANY,) and rule.numbers[-1] is None
     if is_experts and leaves == set(rule.leaves) and len(rule.numbers) > 1:
         return rule.regex_of_parent
-    fused = [name for name, parts in FUSED.items() if parts <= set(rule.leaves)]
+    fused = [name for name, parts in fused_linears("gptq").items() if parts <= set(rule.leaves)]
     return replace(rule, leaves=(*rule.leaves, *fused)).regex
 
 
 def _written_as(scheme: Scheme, version: str) -> str:
     return "bfloat16 (skipped)" if scheme.kind == "bf16" else version
-
-
-def _warnings(schemes: Iterable[Scheme], dynamic: Collection[str]) -> Iterable[str]:
-    used = sorted(schemes)
-    if len(used) > 1:
-        yield (
-            "the modules have more than one scheme: transformers ignores `dynamic`, and decodes "
-            "those that differ wrongly or stops"
-        )
-    elif dynamic:
-        yield (
-            "`dynamic` says which modules are not quantized, and transformers ignores it: it looks "
-            "for packed weights there"
-        )
-    if any(not scheme.symmetric or scheme.w_bits not in (4, 8) for scheme in used):
-        yield "vLLM 0.33 reads symmetric 4 and 8 bits of this format only"

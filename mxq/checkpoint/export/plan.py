@@ -36,14 +36,17 @@ class ExportPlan:
 
     ``convert`` gives the tensors of a file by the names that they get, ``block_bytes`` the bytes of
     a block there. ``quantization_config`` is None where the result is a plain model.
-    ``warnings`` are cases that are known to go wrong elsewhere, each a sentence.
+    ``notes`` are what becomes of weights and inputs in this format, each a sentence; what engines
+    make of it is not among them. ``renamed`` are the paths of experts whose weights the original
+    stores in one tensor and the export one by one.
     """
 
     convert: Callable[[Shard], Mapping[str, Tensor]]
     block_bytes: Callable[[PackedBlock], int]
     quantization_config: Mapping[str, Any] | None
     groups: tuple[Group, ...]
-    warnings: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    renamed: tuple[str, ...] = ()
 
 
 def check_quantized(blocks: Iterable[PackedBlock]) -> None:
