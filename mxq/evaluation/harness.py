@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mxq.counted import counted
 from mxq.evaluation.demo_tasks import demo_names
 from mxq.evaluation.loading import free_memory, load_model, load_tokenizer
 from mxq.evaluation.statistics import Stratum
@@ -103,8 +104,8 @@ def check_questions(manager: Any, names: Sequence[str], shots: int | None) -> No
         spare = pool - (not task.has_training_docs() and not task.has_validation_docs())
         if shots > spare:
             raise ValueError(
-                f"shots is {shots}, but task {name} has {spare} examples for a question; "
-                "ask for fewer"
+                f"shots is {shots}, but task {name} has {counted(spare, 'example')} for a "
+                "question; ask for fewer"
             )
 
 

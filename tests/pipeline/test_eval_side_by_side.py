@@ -211,7 +211,7 @@ def test_models_that_cut_a_text_differently_are_refused(
     [
         ({"--text": "a={text},b"}, ",b is no NAME=PATH; write PATH for one text, or NAME=PATH,"),
         ({"--text": "a={text},a={text}"}, "names the domain 'a' twice; give each a name"),
-        ({"--text": "a={text},b={short}"}, "the text 'b' has 1 tokens; scoring needs at least 2"),
+        ({"--text": "a={text},b={short}"}, "the text 'b' has 1 token; scoring needs at least 2"),
         ({"--confidence": "95"}, "confidence is 95; it is a share from 0.5 to below 1"),
         ({"--baseline": "x"}, "baseline x is none of the models; choose "),
         ({"--reference": "/no/folder"}, "model folder /no/folder does not exist"),

@@ -92,7 +92,7 @@ export function drawBars(element, facts, plan) {
     cliponaxis: false,
     hovertext: order.map(
       (scheme, index) =>
-        `${facts.schemes[scheme]}: ${counts[scheme].toLocaleString("en")} blocks, ` +
+        `${facts.schemes[scheme]}: ${counted(counts[scheme], "block")}, ` +
         `${shareText(shares[index])} of the weights, ${bits[scheme].toFixed(2)} bits each`,
     ),
     hoverinfo: "text",
@@ -178,6 +178,11 @@ function base(colours, margin) {
   };
 }
 
+/** A count with its noun, in the plural unless it is 1. */
+export function counted(count, noun) {
+  return `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
+}
+
 function theme() {
   const style = getComputedStyle(document.documentElement);
   const names = ["accent", "ink", "soft", "line", "panel"];
@@ -224,7 +229,7 @@ function describe(facts, view, plan, blocks) {
   const end = `${meanBits(facts, plan, blocks).toFixed(2)} bits per weight, ${(100 * share).toPrecision(2)} % of the loss`;
   if (view.axis === "expert") {
     const lines = blocks.map((block) => `${escape(projection[block])} ${facts.schemes[plan.choice[block]]}`);
-    const head = `layer ${layer[first]}, expert ${expert[first]}: ${tokens[first].toLocaleString("en")} tokens`;
+    const head = `layer ${layer[first]}, expert ${expert[first]}: ${counted(tokens[first], "token")}`;
     return [head, ...lines, end].join("<br>");
   }
   const counts = facts.schemes.map(() => 0);

@@ -2,7 +2,7 @@
 // is drawn; what else was solved stays as points of the curve.
 
 import { makeAsker } from "/asker.js";
-import { drawBars, drawCurve, drawMap, makeViews } from "/charts.js";
+import { counted, drawBars, drawCurve, drawMap, makeViews } from "/charts.js";
 
 const DEBOUNCE_MS = 50;
 const SWEEP_BUDGETS = 24;
@@ -29,8 +29,8 @@ start();
 function start() {
   element("model").textContent = facts.model;
   element("about").textContent =
-    `${facts.blocks.name.length.toLocaleString("en")} blocks, ${facts.schemes.length} schemes, ` +
-    `${count(facts.weights)} weights, ${facts.calibrationTokens.toLocaleString("en")} calibration tokens`;
+    `${counted(facts.blocks.name.length, "block")}, ${counted(facts.schemes.length, "scheme")}, ` +
+    `${count(facts.weights)} weights, ${counted(facts.calibrationTokens, "calibration token")}`;
   fill(element("granularity"), facts.granularities, (name) => GRANULARITIES[name] ?? name);
   fill(element("view"), views.map((view) => view.name), (name) => name);
   fillEngines();
@@ -248,10 +248,10 @@ function showTiles(plan) {
   element("stored-about").textContent =
     `${plan.bits.toFixed(4)} bits of ${plan.asked} asked; ${((100 * plan.bits) / 16).toFixed(1)} % of 16-bit weights`;
   element("time").textContent = `${Math.round(1000 * plan.seconds).toLocaleString("en")} ms`;
-  element("time-about").textContent = `${plan.groups.toLocaleString("en")} choices of ${facts.schemes.length} schemes`;
+  element("time-about").textContent = `${counted(plan.groups, "choice")} of ${counted(facts.schemes.length, "scheme")}`;
   if (plan.latencyUs !== null) {
     element("latency").textContent = `${(plan.latencyUs / 1000).toPrecision(4)} ms`;
-    element("latency-about").textContent = `${facts.device}, ${facts.tokens} tokens; a prediction`;
+    element("latency-about").textContent = `${facts.device}, ${counted(facts.tokens, "token")}; a prediction`;
   }
   element("command").textContent = plan.command;
   element("command-about").textContent = plan.proven
@@ -316,7 +316,7 @@ function showCurve() {
     .filter(([name, solved]) => name === now || solved.length > 3)
     .map(([name, solved]) => ({ name: name === "" ? "no rules" : spokenRules(name), points: solved, isNow: name === now }));
   const left = asker.left();
-  element("filling").textContent = left > 0 ? `${left} budgets to go` : "click a point to go there";
+  element("filling").textContent = left > 0 ? `${counted(left, "budget")} to go` : "click a point to go there";
   drawCurve(element("curve"), facts, series, isPossible ? shown : null);
   if (!isWired) {
     isWired = true;
