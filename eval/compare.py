@@ -36,6 +36,7 @@ from mxq.evaluation.output import (
     make_table,
     require_folder_of,
     run_script,
+    task_title,
     text_caption,
     text_facts,
     text_title,
@@ -94,7 +95,7 @@ def _evaluate(arguments: argparse.Namespace) -> tuple[Report, Sequence[Table]]:
         "models": [_row_report(row) for row in rows],
         "versions": versions(*(["lm_eval"] if arguments.tasks else [])),
     }
-    return report, _tables(prepared, rows)
+    return report, _tables(prepared, rows, arguments)
 
 
 def _rows(
@@ -137,7 +138,9 @@ def _accuracy(task: TaskResult) -> tuple[str, Estimate]:
     return name, task.metrics[name]
 
 
-def _tables(prepared: Prepared, rows: Sequence[Row]) -> Sequence[Table]:
+def _tables(
+    prepared: Prepared, rows: Sequence[Row], arguments: argparse.Namespace
+) -> Sequence[Table]:
     losses = [row.losses for row in rows]
     tasks = [f"{name}\n{_accuracy(task)[0]}" for name, task in rows[0].tasks.items()]
     columns = ["MB", "bits", "perplexity", "KL", "flips", *tasks]
@@ -145,7 +148,8 @@ def _tables(prepared: Prepared, rows: Sequence[Row]) -> Sequence[Table]:
     questions = [task.n for task in rows[0].tasks.values()]
     if questions:
         said = interval_caption(prepared.options.confidence, questions, "questions")
-        caption += f" Tasks: {said[0].lower()}{said[1:]}"
+        asked = task_title(arguments.shots, arguments.task_limit)
+        caption += f" {asked}: {said[0].lower()}{said[1:]}"
     means = make_table(text_title(prepared, losses), ["model"], columns, caption)
     apart = make_table(
         f"Paired differences to {losses[prepared.baseline].model} +- standard error",

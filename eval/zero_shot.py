@@ -26,9 +26,16 @@ from mxq.evaluation.output import (
     interval_facts,
     make_table,
     run_script,
+    task_title,
     versions,
 )
-from mxq.evaluation.tasks import ModelTasks, difference_cell, measure_tasks, prepared_tasks
+from mxq.evaluation.tasks import (
+    ModelTasks,
+    TaskOptions,
+    difference_cell,
+    measure_tasks,
+    prepared_tasks,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,15 +65,17 @@ def _evaluate(arguments: argparse.Namespace) -> tuple[Report, Sequence[Table]]:
         "models": [as_json(results) for results in found],
         "versions": versions("lm_eval"),
     }
-    return report, _tables(found, baseline, options.confidence)
+    return report, _tables(found, baseline, options)
 
 
-def _tables(found: Sequence[ModelTasks], baseline: int, confidence: float) -> Sequence[Table]:
+def _tables(found: Sequence[ModelTasks], baseline: int, options: TaskOptions) -> Sequence[Table]:
     """Metrics of each task and model, and differences to the baseline."""
     tasks = found[0].tasks
     metrics = list(dict.fromkeys(metric for task in tasks.values() for metric in task.metrics))
-    caption = interval_caption(confidence, [task.n for task in tasks.values()], "questions")
-    means = make_table("Tasks", ("task", "model"), ["shots", "questions", *metrics], caption)
+    counts = [task.n for task in tasks.values()]
+    caption = interval_caption(options.confidence, counts, "questions")
+    title = task_title(options.shots, options.limit)
+    means = make_table(title, ("task", "model"), ["shots", "questions", *metrics], caption)
     apart = make_table(
         f"Paired differences to {found[baseline].model} +- standard error (questions gained, lost)",
         ("task", "model"),

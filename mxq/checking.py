@@ -11,6 +11,7 @@ from pathlib import Path
 from mxq.artifacts import Allocation
 from mxq.checkpoint.export.record import find_export
 from mxq.checkpoint.format import CheckpointPlan
+from mxq.counted import counted
 from mxq.engines import (
     DENSE,
     ENGINES,
@@ -205,9 +206,9 @@ def _check_stored(name: str, module: StoredModule, stored: StoredFormat) -> None
     words, groups = packed_words(k, stored.w_bits), -(-k // size)
     wrong = None
     if module.words is not None and module.words != words:
-        wrong = f"{module.words} words in a row, where {words} are needed"
+        wrong = f"{counted(module.words, 'word')} in a row, expected {words}"
     elif module.groups is not None and module.groups != groups:
-        wrong = f"{module.groups} scales for {k} inputs, where {groups} are needed"
+        wrong = f"{counted(module.groups, 'scale')} for {k} inputs, expected {groups}"
     elif not stored.symmetric and not module.has_zeros:
         wrong = "no zero points"
     if wrong is not None:

@@ -3,13 +3,14 @@
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import typer
 
 from mxq import latency, latency_tables, pipeline, tables
 from mxq.cli_checkpoint import commands
 from mxq.cli_options import (
+    LATENCY,
     Bits,
     Calibration,
     Compute,
@@ -43,6 +44,13 @@ from mxq.cli_options import (
     TensorParallel,
     TieGateUp,
     Tokens,
+    TuneDevice,
+    TuneOutput,
+    TunePlans,
+    TuneReplays,
+    TuneSchemes,
+    TuneShapes,
+    TuneSource,
     Work,
     WorkOption,
 )
@@ -68,14 +76,15 @@ from mxq.scheme import Scheme, parse_schemes
 from mxq.workspace import Workspace, open_workspace
 
 app = typer.Typer(
-    help="Mixed-precision quantization of Mixture-of-Experts and dense language models.",
+    help="Mixed-precision quantization of Mixture-of-Experts and dense language models.\n\n"
+    "A block is one weight matrix, a scheme its number format; a plan gives every block a scheme.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.add_typer(commands)
 
-Result = TypeVar("Result")
+STAGES = "Its stages, one by one"
 
 
 @app.command()
@@ -85,15 +94,15 @@ def quantize(
     bits: Bits = None,
     size: Size = None,
     plan: Plan = None,
-    schemes: Schemes = None,
+    scope: Scope = "auto",
+    keep: Keep = None,
+    revision: Revision = None,
     calibration: Calibration = None,
     samples: Samples = 128,
     seqlen: Seqlen = 512,
     seed: Seed = 0,
     expert_floor: Floor = 64,
-    scope: Scope = "auto",
-    keep: Keep = None,
-    revision: Revision = None,
+    schemes: Schemes = None,
     sensitivity: Sensitivity = "fisher",
     quantizer: Quantizer = "gptq",
     rotation: Rotation = "auto",
@@ -115,7 +124,10 @@ def quantize(
     force: Force = False,
     compute: Compute = "auto",
 ) -> None:
-    """Quantize a model: profile, measure, allocate, pack, and measure the result."""
+    """Quantize a model to a budget, and measure the result on held-out text.
+
+    Runs profile, measure, allocate and pack. Give one of --bits, --size and --plan.
+    """
 
     def run(team: Team) -> None:
         options = QuantizeOptions(
@@ -152,23 +164,23 @@ def quantize(
     shared(run)
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def profile(
     model: Model,
-    work: Annotated[Path, typer.Option("--work", help="Folder to write the profile to.")],
+    work: Annotated[Path, typer.Option("--work", metavar="WORK", help="Folder for the profile.")],
+    scope: Scope = "auto",
+    keep: Keep = None,
+    revision: Revision = None,
     calibration: Calibration = None,
     samples: Samples = 128,
     seqlen: Seqlen = 512,
     seed: Seed = 0,
     expert_floor: Floor = 64,
-    scope: Scope = "auto",
-    keep: Keep = None,
-    revision: Revision = None,
     memory: Memory = "8GiB",
     force: Force = False,
     compute: Compute = "auto",
 ) -> None:
-    """Count which tokens reach which expert, by layer and domain."""
+    """Count which tokens of the calibration text reach which expert."""
 
     def run(team: Team) -> None:
         options = ModelOptions(model, revision, scope, tuple(keep or ()))
@@ -185,19 +197,21 @@ def profile(
     shared(run)
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def measure(
     model: Model,
-    work: Annotated[Path, typer.Option("--work", help="Folder to write the table to.")],
-    schemes: Schemes = None,
+    work: Annotated[
+        Path, typer.Option("--work", metavar="WORK", help="Folder for the table of losses.")
+    ],
+    scope: Scope = "auto",
+    keep: Keep = None,
+    revision: Revision = None,
     calibration: Calibration = None,
     samples: Samples = 128,
     seqlen: Seqlen = 512,
     seed: Seed = 0,
     expert_floor: Floor = 64,
-    scope: Scope = "auto",
-    keep: Keep = None,
-    revision: Revision = None,
+    schemes: Schemes = None,
     sensitivity: Sensitivity = "fisher",
     quantizer: Quantizer = "gptq",
     rotation: Rotation = "auto",
@@ -205,7 +219,7 @@ def measure(
     force: Force = False,
     compute: Compute = "auto",
 ) -> None:
-    """Measure the loss of every block under every scheme (profiles first)."""
+    """Measure what every block loses under every scheme; profiles first."""
 
     def run(team: Team) -> None:
         options = ModelOptions(model, revision, scope, tuple(keep or ()))
@@ -224,7 +238,7 @@ def measure(
     shared(run)
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def allocate(
     work: Work,
     bits: Bits = None,
@@ -242,7 +256,10 @@ def allocate(
     engine: Engine = None,
     tp: TensorParallel = 1,
 ) -> None:
-    """Solve the plan again from a work folder, in seconds; no decoder layer is read."""
+    """Plan another budget from what was measured: seconds, no layer of the model is read.
+
+    Give one of --bits, --size and --plan. The plan is kept in the work folder, for pack.
+    """
 
     def run() -> None:
         options = AllocateOptions(
@@ -273,27 +290,17 @@ def allocate(
     guarded(run)
 
 
-@app.command()
+@app.command(rich_help_panel=LATENCY)
 def tune(
-    source: Annotated[
-        str | None, typer.Argument(help="Work folder or model with the shapes to time.")
-    ] = None,
-    schemes: Annotated[
-        str | None, typer.Option(help="Schemes to time, e.g. w2a16_g128_asym,w4a16_g64_sym.")
-    ] = None,
-    shapes: Annotated[
-        str | None, typer.Option(help="Shapes instead: OUTPUTSxINPUTS,OUTPUTSxINPUTS.")
-    ] = None,
-    plans: Annotated[str | None, typer.Option(help="decode, middle, prefill; default all.")] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Device file of the GPU; default by the driver's name.")
-    ] = None,
-    replays: Annotated[int, typer.Option(help="Times that each launch is timed.")] = 20,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder; default the user's cache.")
-    ] = None,
+    source: TuneSource = None,
+    schemes: TuneSchemes = None,
+    shapes: TuneShapes = None,
+    plans: TunePlans = None,
+    device: TuneDevice = None,
+    replays: TuneReplays = 20,
+    output: TuneOutput = None,
 ) -> None:
-    """Time the kernels on this machine's GPU; --device then finds the profile by the GPU's name."""
+    """Time the kernels on this machine's GPU, for the times that --device predicts."""
 
     def run() -> None:
         if source is not None and shapes is not None:
@@ -315,7 +322,7 @@ def tune(
     guarded(run)
 
 
-@app.command()
+@app.command(rich_help_panel=STAGES)
 def pack(
     work: Work,
     output: Output,
@@ -324,7 +331,7 @@ def pack(
     force: Force = False,
     compute: Compute = "auto",
 ) -> None:
-    """Write the checkpoint of the plan that a work folder holds."""
+    """Write the checkpoint of the plan in a work folder, and measure it on held-out text."""
 
     def run(team: Team) -> None:
         with _progress(team) as report:

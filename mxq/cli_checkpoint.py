@@ -19,8 +19,8 @@ from mxq.cli_options import (
     Dtype,
     EngineName,
     Memory,
-    Replace,
-    TensorParallel,
+    Overwrite,
+    Ranks,
     To,
     Tokens,
     Work,
@@ -35,19 +35,27 @@ from mxq.progress import progress_display
 from mxq.report.write import write_report
 from mxq.workspace import open_workspace
 
+RESULTS = "What a run wrote"
+
 commands = typer.Typer()
 
 
-@commands.command()
+@commands.command(rich_help_panel=RESULTS)
 def check(
     folder: Annotated[
-        Path, typer.Argument(help="A checkpoint of mxq, an exported one, or a work folder.")
+        Path,
+        typer.Argument(
+            metavar="FOLDER", help="A checkpoint of mxq, an exported one, or a work folder."
+        ),
     ],
     engine: EngineName,
-    tp: TensorParallel = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Findings as JSON.")] = False,
+    tp: Ranks = 1,
+    as_json: Annotated[bool, typer.Option("--json", metavar="", help="Findings as JSON.")] = False,
 ) -> None:
-    """Hold a plan or a checkpoint against the rules of an inference engine; status 1 on errors."""
+    """Check a plan or a checkpoint against the rules of an inference engine.
+
+    Ends with status 1 if one is broken.
+    """
 
     def run() -> None:
         report = check_folder(folder, engine, tp)
@@ -61,14 +69,14 @@ def check(
     guarded(run)
 
 
-@commands.command()
+@commands.command(rich_help_panel=RESULTS)
 def export(
     checkpoint: Checkpoint,
     destination: Destination,
     to: To,
     dtype: Dtype = None,
     checkpoint_format: CheckpointFormat = None,
-    overwrite: Replace = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write a checkpoint for other tools: compressed-tensors, gptq, or a plain model."""
 
@@ -83,17 +91,17 @@ def export(
     guarded(run)
 
 
-@commands.command()
+@commands.command(rich_help_panel=RESULTS)
 def explore(
     work: Work,
     device: Device = None,
     tokens: Tokens = None,
     port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port of 127.0.0.1; 0 takes a free one.")
+        int, typer.Option(metavar="PORT", min=0, max=65535, help="Of 127.0.0.1; 0: a free one.")
     ] = 0,
-    browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
+    browser: Annotated[bool, typer.Option(metavar="", help="Open the page.")] = True,
 ) -> None:
-    """Show plans of a work folder on a local page: move the budget, see plan and loss at once."""
+    """Show the plan and its loss for any budget, on a page with a slider in the browser."""
 
     def run() -> None:
         setting = Setting(work, device, tokens, profiles_folder())
@@ -102,27 +110,39 @@ def explore(
     guarded(run)
 
 
-@commands.command()
+@commands.command(rich_help_panel=RESULTS)
 def inspect(
-    folder: Annotated[Path, typer.Argument(help="A checkpoint or a work folder.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="A checkpoint or a work folder.")
+    ],
     work: CheckpointWork = None,
 ) -> None:
     """Show what is known of a checkpoint, or what a work folder holds."""
     guarded(lambda: report_tables.show_folder(folder, work))
 
 
-@commands.command()
+@commands.command(rich_help_panel=RESULTS)
 def report(
     folder: Checkpoint,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File; default FOLDER/report.html.")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="File to write.",
+            show_default="FOLDER/report.html",
+        ),
     ] = None,
     work: CheckpointWork = None,
-    is_opened: Annotated[bool, typer.Option("--open", help="Show the page in a browser.")] = False,
+    is_opened: Annotated[
+        bool, typer.Option("--open", metavar="", help="Show the page in a browser.")
+    ] = False,
     measures: Annotated[
         bool,
         typer.Option(
             "--measure-layers",
+            metavar="",
             help="Measure first what each layer loses by itself; reads the original model.",
         ),
     ] = False,

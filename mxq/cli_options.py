@@ -1,92 +1,346 @@
-"""The options of the command line, each named once: type, spelling and help."""
+"""The options of the command line, each named once: type, spelling, help, place in the help.
+
+Help is read at 80 columns, so no word of it is longer than the column that it stands in.
+"""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-Model = Annotated[str, typer.Argument(help="Hub id, model folder, or 'demo' (the embedded one).")]
-Work = Annotated[Path, typer.Argument(help="Work folder of an earlier run.")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
-Bits = Annotated[float | None, typer.Option(help="Stored bits per weight of the blocks.")]
-Size = Annotated[str | None, typer.Option(help="Size of all weight files, e.g. 5.2GiB.")]
-Plan = Annotated[str | None, typer.Option(help="Force a plan: uniform:SCHEME.")]
+CALIBRATION = "Calibration text"
+MEASURING = "Schemes, and what they cost"
+RULES = "Rules of the plan"
+LATENCY = "Predicted times on a GPU"
+RESULT = "What is written"
+MACHINE = "This machine"
+
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="Hub id, folder, or demo: a small one that mxq brings."),
+]
+Scope = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="What is quantized: experts (the feed-forward side), all (attention too), or auto: "
+        "experts where the model has some, else all.",
+    ),
+]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="REGEX", help="Parameters that stay as they are, by name; can be repeated."
+    ),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Of a hub model.", show_default="its main branch"),
+]
+Work = Annotated[
+    Path, typer.Argument(metavar="WORK", help="Work folder of an earlier run, e.g. OUTPUT/work.")
+]
+Output = Annotated[
+    Path, typer.Option("--output", "-o", metavar="OUTPUT", help="Folder for the checkpoint.")
+]
+
+Bits = Annotated[
+    float | None,
+    typer.Option(
+        metavar="BITS",
+        help="Budget: mean bits of a quantized weight, scales and zero points included.",
+    ),
+]
+Size = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Budget: size of all weight files, e.g. 5.2GiB."),
+]
+Plan = Annotated[
+    str | None,
+    typer.Option(metavar="PLAN", help="One scheme for all in place of a budget: uniform:SCHEME."),
+]
+
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT",
+        help="wikitext2, c4, pile (or several, by comma), demo, self, file:PATH, or files by "
+        "domain, file:NAME=PATH,NAME=PATH.",
+        show_default="wikitext2; demo for the model demo",
+        rich_help_panel=CALIBRATION,
+    ),
+]
+Samples = Annotated[
+    int,
+    typer.Option(
+        metavar="COUNT",
+        help="Samples to fit to; an eighth as many more are held out.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
+Seqlen = Annotated[
+    int, typer.Option(metavar="COUNT", help="Tokens of each sample.", rich_help_panel=CALIBRATION)
+]
+Seed = Annotated[
+    int,
+    typer.Option(metavar="NUMBER", help="Of the choice of samples.", rich_help_panel=CALIBRATION),
+]
+Floor = Annotated[
+    int,
+    typer.Option(
+        metavar="COUNT",
+        help="An expert that fewer tokens reach gets spare samples.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
+
 Schemes = Annotated[
     str | None,
     typer.Option(
-        help="Candidates, e.g. w2a16_g128_asym,w4a16_g64_sym; a projection's own after it: "
-        "'w2a16_g128_asym,w3a16_g128_asym;down=w4a16_g128_asym'."
+        metavar="LIST",
+        help="Schemes to choose from, by comma. w3a16_g128_asym: 3-bit weights, 16-bit inputs, "
+        "groups of 128 with a scale and a zero point each; grow is a group for a whole row, sym "
+        "has no zero points. LIST;down=LIST gives the projection down its own.",
+        show_default="w2a16 to w8a16, asym, groups of 128 or less; 2 to 4 bits also grow",
+        rich_help_panel=MEASURING,
     ),
 ]
-Calibration = Annotated[
-    str | None,
-    typer.Option(help="wikitext2, c4, pile, demo, self, file:PATH or file:NAME=PATH,NAME=PATH."),
+Sensitivity = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="fisher (nats of the model's predictions), layer_out (MxMoE's), or output_mse (no "
+        "gradients).",
+        rich_help_panel=MEASURING,
+    ),
 ]
-Samples = Annotated[int, typer.Option(help="Calibration samples.")]
-Seqlen = Annotated[int, typer.Option(help="Tokens of each sample.")]
-Seed = Annotated[int, typer.Option(help="Seed of the choice of samples.")]
-Floor = Annotated[int, typer.Option(help="Tokens below which an expert is topped up.")]
-Scope = Annotated[str, typer.Option(help="auto, experts (feed-forward side) or all.")]
-Keep = Annotated[
-    list[str] | None, typer.Option(help="Regular expression of parameters to leave; repeatable.")
+Quantizer = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="gptq, or rtn (round to nearest); both search the clip of each group.",
+        rich_help_panel=MEASURING,
+    ),
 ]
-Revision = Annotated[str | None, typer.Option(help="Revision of a hub model.")]
-Sensitivity = Annotated[str, typer.Option(help="fisher, layer_out or output_mse.")]
-Quantizer = Annotated[str, typer.Option(help="gptq or rtn.")]
-Rotation = Annotated[str, typer.Option(help="auto (by measured gain, per layer), on or off.")]
+Rotation = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="Of inputs by Hadamard blocks: on, off, or auto: in layers where it measures better.",
+        rich_help_panel=MEASURING,
+    ),
+]
+
 Granularity = Annotated[
-    str, typer.Option(help="What shares a scheme: block, expert, projection or layer.")
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="What shares a scheme: block (each matrix alone), expert (its matrices), projection "
+        "(that of all experts of a layer), or layer (all its experts).",
+        rich_help_panel=RULES,
+    ),
 ]
-TieGateUp = Annotated[bool, typer.Option(help="One scheme for gate and up of an expert.")]
-FloorBits = Annotated[float | None, typer.Option(help="Least mean bits of every layer.")]
-Objective = Annotated[str, typer.Option(help="loss (global) or mxmoe (per layer, L^r T^(1-r)).")]
-R = Annotated[float, typer.Option("--r", help="Exponent r of the mxmoe objective.")]
-Solver = Annotated[str, typer.Option(help="pulp or lagrangian.")]
-Device = Annotated[str | None, typer.Option(help="Device of latencies, e.g. h200, or a JSON file.")]
-Tokens = Annotated[int | None, typer.Option(help="Tokens of one step, for latencies.")]
-MaxLatency = Annotated[
-    float | None, typer.Option(help="Most milliseconds of all blocks for one step.")
+TieGateUp = Annotated[
+    bool,
+    typer.Option(
+        "--tie-gate-up",
+        metavar="",
+        help="Gate and up of an expert share a scheme.",
+        rich_help_panel=RULES,
+    ),
 ]
+FloorBits = Annotated[
+    float | None,
+    typer.Option(
+        metavar="BITS",
+        help="Least mean bits of every layer.",
+        show_default="none",
+        rich_help_panel=RULES,
+    ),
+]
+Objective = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="Least loss of the model (loss), or in each layer least loss^r x time^(1-r) (mxmoe).",
+        rich_help_panel=RULES,
+    ),
+]
+R = Annotated[
+    float,
+    typer.Option("--r", metavar="NUMBER", help="The r of mxmoe.", rich_help_panel=RULES),
+]
+Solver = Annotated[
+    str,
+    typer.Option(metavar="NAME", help="pulp (with CBC) or lagrangian.", rich_help_panel=RULES),
+]
+ENGINES_HELP = "vllm, sglang, transformers (without mxq) or trtllm."
 Engine = Annotated[
     str | None,
-    typer.Option(help="Plan inside its rules: vllm, sglang, transformers (without mxq) or trtllm."),
+    typer.Option(
+        metavar="NAME",
+        help=f"Keep to what an engine reads: {ENGINES_HELP}",
+        show_default="any plan, for mxq itself",
+        rich_help_panel=RULES,
+    ),
 ]
-EngineName = Annotated[
-    str, typer.Option("--engine", help="vllm, sglang, transformers (without mxq) or trtllm.")
-]
+EngineName = Annotated[str, typer.Option("--engine", metavar="NAME", help=ENGINES_HELP)]
+_RANKS = "Ranks of the engine, each with a part of every weight."
 TensorParallel = Annotated[
-    int, typer.Option("--tp", help="Ranks that the engine splits each weight over.")
+    int, typer.Option("--tp", metavar="COUNT", help=_RANKS, rich_help_panel=RULES)
 ]
+Ranks = Annotated[int, typer.Option("--tp", metavar="COUNT", help=_RANKS)]
+
+Device = Annotated[
+    str | None,
+    typer.Option(
+        metavar="GPU",
+        help="Predict times on h200, h100, a100, rtx4090, or the GPU of a JSON file.",
+        show_default="no times",
+        rich_help_panel=LATENCY,
+    ),
+]
+Tokens = Annotated[
+    int | None,
+    typer.Option(
+        metavar="COUNT", help="Tokens of one step; with --device.", rich_help_panel=LATENCY
+    ),
+]
+MaxLatency = Annotated[
+    float | None,
+    typer.Option(
+        metavar="MS",
+        help="Most milliseconds of a step, all blocks together.",
+        show_default="none",
+        rich_help_panel=LATENCY,
+    ),
+]
+
 WorkOption = Annotated[
-    Path | None, typer.Option("--work", help="Folder of the stages' results; default OUTPUT/work.")
+    Path | None,
+    typer.Option(
+        "--work",
+        metavar="WORK",
+        help="Folder for the stages' results.",
+        show_default="OUTPUT/work",
+        rich_help_panel=RESULT,
+    ),
 ]
-Checkpoint = Annotated[Path, typer.Argument(help="A checkpoint that mxq wrote.")]
-CheckpointWork = Annotated[
-    Path | None, typer.Option("--work", help="Work folder of its run; default FOLDER/work.")
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        metavar="",
+        help="Replace a checkpoint that is there, and its card.",
+        rich_help_panel=RESULT,
+    ),
 ]
-Overwrite = Annotated[bool, typer.Option(help="Replace a checkpoint that --output holds.")]
 Guard = Annotated[
-    bool, typer.Option(help="Pack the uniform plan too and write the better of the two.")
+    bool,
+    typer.Option(
+        metavar="",
+        help="Pack the largest uniform plan that fits too, and write what measures better.",
+        rich_help_panel=RESULT,
+    ),
 ]
+
 Memory = Annotated[
-    str, typer.Option(help="Most memory for kept activations; the rest goes to files.")
+    str,
+    typer.Option(
+        metavar="SIZE",
+        help="Most memory for kept activations; what is over it goes to files.",
+        rich_help_panel=MACHINE,
+    ),
 ]
-Force = Annotated[bool, typer.Option(help="Start even if memory or disk look too small.")]
+Force = Annotated[
+    bool,
+    typer.Option(
+        "--force",
+        metavar="",
+        help="Start even if memory or disk look too small.",
+        rich_help_panel=MACHINE,
+    ),
+]
 Compute = Annotated[
     str,
-    typer.Option(help="Where to compute: auto (a GPU if there is one), cpu, cuda or cuda:N."),
+    typer.Option(
+        metavar="WHERE",
+        help="cpu, cuda, cuda:N, or auto: a GPU if there is one.",
+        rich_help_panel=MACHINE,
+    ),
 ]
-Destination = Annotated[Path, typer.Argument(help="Folder to write.")]
-To = Annotated[str, typer.Option(help="compressed-tensors, gptq or dequantized.")]
+
+Checkpoint = Annotated[Path, typer.Argument(metavar="FOLDER", help="A checkpoint that mxq wrote.")]
+CheckpointWork = Annotated[
+    Path | None,
+    typer.Option(
+        "--work", metavar="WORK", help="Work folder of its run.", show_default="FOLDER/work"
+    ),
+]
+Destination = Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to write.")]
+To = Annotated[str, typer.Option(metavar="FORMAT", help="compressed-tensors, gptq or dequantized.")]
 Dtype = Annotated[
     str | None,
-    typer.Option(help="Of dequantized weights: bfloat16 (default), float16 or float32."),
+    typer.Option(
+        metavar="TYPE",
+        help="With --to dequantized: bfloat16, float16 or float32.",
+        show_default="bfloat16",
+    ),
 ]
 CheckpointFormat = Annotated[
     str | None,
-    typer.Option(help="Of --to gptq: gptq or gptq_v2; default the latter for zero points."),
+    typer.Option(
+        metavar="NAME",
+        help="With --to gptq: gptq or gptq_v2.",
+        show_default="gptq_v2 if there are zero points, else gptq",
+    ),
 ]
-Replace = Annotated[
-    bool,
-    typer.Option("--overwrite", help="Replace a checkpoint that the folder holds, its card too."),
+
+TuneSource = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="SOURCE",
+        help="Work folder or model whose shapes are timed.",
+        show_default="experts of three sizes",
+    ),
+]
+TuneSchemes = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LIST",
+        help="Schemes to time, by comma.",
+        show_default="those of quantize, w4a8, w8a8, fp8, bf16",
+    ),
+]
+TuneShapes = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LIST",
+        help="Shapes in place of SOURCE, by comma: OUTPUTSxINPUTS, e.g. 2816x2048.",
+    ),
+]
+TunePlans = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LIST", help="Tile plans, by comma: decode, middle, prefill.", show_default="all"
+    ),
+]
+TuneDevice = Annotated[
+    str | None,
+    typer.Option(
+        metavar="GPU",
+        help="Name or file of the GPU's published figures.",
+        show_default="by the driver's name",
+    ),
+]
+TuneReplays = Annotated[int, typer.Option(metavar="COUNT", help="Times to run each launch.")]
+TuneOutput = Annotated[
+    Path | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FOLDER",
+        help="Folder for the profile.",
+        show_default="the user's cache",
+    ),
 ]

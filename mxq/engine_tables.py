@@ -6,6 +6,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mxq.checking import CheckReport
+from mxq.counted import counted
 from mxq.engines import Finding
 from mxq.terminal import make_console
 
@@ -19,12 +20,16 @@ def show_check(report: CheckReport) -> None:
     ranks = report.deployment.tensor_parallel
     on = f" on {ranks} ranks" if ranks > 1 else ""
     blocks = len(report.deployment.quantized)
-    console.print(f"{report.folder}: {report.what}, {blocks} quantized weights", markup=False)
+    console.print(
+        f"{report.folder}: {report.what}, {counted(blocks, 'quantized weight')}", markup=False
+    )
     if report.findings:
         console.print(_table(report, f"{rules.title} {rules.version}{on}"))
     warnings = len(report.findings) - report.errors
     colour = "red" if report.errors else "green"
-    console.print(f"[{colour}]{report.errors} errors[/], {warnings} warnings.")
+    console.print(
+        f"[{colour}]{counted(report.errors, 'error')}[/], {counted(warnings, 'warning')}."
+    )
     if report.unchecked:
         ids = ", ".join(rule.id for rule in report.unchecked)
         console.print(f"Not checked, for want of an exported configuration: {ids}.")

@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mxq.checkpoint.export.record import ExportRecord
+from mxq.counted import counted
 from mxq.engines import Finding, Verdict
 from mxq.exporting import ExportResult
 from mxq.publish import ORIGIN
@@ -30,7 +31,8 @@ def show_export(result: ExportResult) -> None:
             soft_wrap=True,
         )
     folder = f"[bold]{escape(str(result.folder))}[/]"
-    console.print(f"Written to {folder}: {result.tensor_bytes:,} bytes of tensors", soft_wrap=True)
+    stored = counted(result.tensor_bytes, "byte")
+    console.print(f"Written to {folder}: {stored} of tensors", soft_wrap=True)
 
 
 def show_exported(folder: Path, record: ExportRecord) -> None:

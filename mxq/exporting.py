@@ -15,7 +15,7 @@ from mxq.checkpoint.export.record import RECORD, ExportRecord
 from mxq.engines import Verdict
 from mxq.models.source import file_digest
 from mxq.progress import Report
-from mxq.publish import CARD, FINDINGS, ORIGIN, PLAN
+from mxq.publish import CARD, ORIGIN, PLAN, RESULTS
 from mxq.publish import RECORD as RUN
 from mxq.report.export_card import export_card, warnings
 from mxq.report.facts import Facts, gather
@@ -84,7 +84,7 @@ def run_export(
 
 
 def _known(folder: Path) -> _Known:
-    has_facts = all((folder / name).is_file() for name in (PLAN, RUN, FINDINGS))
+    has_facts = all((folder / name).is_file() for name in (PLAN, RUN, RESULTS))
     has_origin = (folder / ORIGIN).is_file()
     return _Known(
         load_artifact(folder / ORIGIN, Origin) if has_origin else None,

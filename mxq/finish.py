@@ -22,6 +22,7 @@ from mxq.profiling.activation import ActivationStats
 from mxq.progress import Report, stage
 from mxq.publish import (
     RunRecord,
+    UnpackedPlan,
     check_same_run,
     engine_settings,
     files_left,
@@ -206,10 +207,17 @@ def _conclude(
     losses = _measured(finish, plans, made_from, report)
     written = min(losses, key=lambda name: losses[name].kl)
     folder = finish.work.packed(written)
-    record = RunRecord(written, packs, losses, record_files(folder), made_from)
+    above = _unpacked(_above(finish.table, plans["plan"]))
+    record = RunRecord(written, packs, losses, record_files(folder), made_from, above)
     publish(finish.output.output, folder, record, plans, list(record.files))
     finish.work.remove_packed()
     return record
+
+
+def _unpacked(plan: Allocation | None) -> UnpackedPlan | None:
+    if plan is None:
+        return None
+    return UnpackedPlan(plan.description, plan.bits_per_weight, plan.predicted_loss)
 
 
 def _measured(

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
+from mxq.counted import counted
 from mxq.scheme import Scheme
 
 Decoded = TypeVar("Decoded")
@@ -79,7 +80,9 @@ def _decode_tuple(arguments: tuple[Any, ...], value: list[Any], place: str) -> t
     if len(arguments) == 2 and arguments[1] is Ellipsis:
         arguments = (arguments[0],) * len(value)
     if len(arguments) != len(value):
-        raise ValueError(f"{place} has {len(value)} entries, expected {len(arguments)}")
+        raise ValueError(
+            f"{place} has {counted(len(value), 'entry', 'entries')}, expected {len(arguments)}"
+        )
     return tuple(_decode(hint, item, place) for hint, item in zip(arguments, value, strict=True))
 
 

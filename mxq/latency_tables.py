@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mxq.artifacts import Allocation
+from mxq.counted import counted
 from mxq.latency import LatencyReport, MeasuredBranch, TuneResult
 from mxq.terminal import make_console
 
@@ -22,7 +23,7 @@ def show_latency(report: LatencyReport, plans: Mapping[str, Allocation]) -> None
 
 def step_table(report: LatencyReport, plans: Mapping[str, Allocation]) -> Table:
     """Each plan: the additive time that the solver limits, and launch by launch."""
-    table = Table(title=f"Latency of the blocks in a step of {report.tokens:,} tokens, us")
+    table = Table(title=f"Latency of the blocks in a step of {counted(report.tokens, 'token')}, us")
     for column in ("plan", "additive", "by launch", "launches", "overhead", "tiles in turn"):
         table.add_column(column, justify="left" if column == "plan" else "right")
     for name, plan in plans.items():

@@ -26,17 +26,27 @@ from mxq.storage import (
 
 RECORD = "mxq_run.json"
 PLAN = "mxq_plan.json"
-FINDINGS = "mxq_report.json"
+RESULTS = "mxq_report.json"
 ORIGIN = "mxq_origin.json"
 CARD = "README.md"
 PAGE = "report.html"
 
 
 @dataclass(frozen=True, slots=True)
+class UnpackedPlan:
+    """A plan that was predicted and not packed."""
+
+    description: str
+    bits_per_weight: float
+    predicted_loss: float
+
+
+@dataclass(frozen=True, slots=True)
 class RunRecord:
     """What an output folder holds, and all that a finished run has found.
 
-    ``files`` are SHA-256 digests by name, config.json last.
+    ``files`` are SHA-256 digests by name, config.json last. ``above`` is the smallest uniform plan
+    that the budget leaves out, None where there is none or an older mxq did not record it.
     """
 
     written: str
@@ -44,6 +54,7 @@ class RunRecord:
     losses: Mapping[str, MeasuredLoss]
     files: Mapping[str, str]
     provenance: Provenance
+    above: UnpackedPlan | None = None
 
 
 def check_output(options: OutputOptions, *, may_go_on: bool) -> None:
@@ -179,7 +190,7 @@ def publish(
             for stale in output.glob(pattern):
                 if stale.name not in record.files:
                     stale.unlink()
-    _write_findings(output, record, plans)
+    _write_results(output, record, plans)
     for name in left:
         move_whole(folder / name, output / name)
 
@@ -188,13 +199,13 @@ def _has(path: Path, digest: str) -> bool:
     return path.is_file() and file_digest(path) == digest
 
 
-def _write_findings(output: Path, record: RunRecord, plans: Mapping[str, Allocation]) -> None:
+def _write_results(output: Path, record: RunRecord, plans: Mapping[str, Allocation]) -> None:
     save_artifact(output / PLAN, plans[record.written])
     facts = {
         name: _facts(plans[name], record.losses[name], name == record.written) for name in plans
     }
     text = json.dumps(facts, indent=1, allow_nan=False) + "\n"
-    write_atomically(output / FINDINGS, text)
+    write_atomically(output / RESULTS, text)
 
 
 def _facts(plan: Allocation, loss: MeasuredLoss, written: bool) -> dict[str, object]:

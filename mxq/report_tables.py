@@ -12,25 +12,26 @@ from mxq.checkpoint.export.record import find_export
 from mxq.export_tables import show_exported
 from mxq.publish import PLAN
 from mxq.report import palette
+from mxq.report.comparison import comparison, legend
 from mxq.report.facts import Cell, Facts, gather
 from mxq.report.origin import UNTOLD, command
 from mxq.report.words import (
-    COMPARISON_HEADS,
     byte_count,
-    comparison,
     coverage,
     headlines,
-    legend,
     provenance,
     scheme_uses,
     warnings,
 )
-from mxq.tables import show_work
+from mxq.tables import comparison_table, show_work
 from mxq.terminal import make_console
 from mxq.workspace import Workspace
 
 MARKS = "0123456789abcdefg"
 """One letter for each number of bits, 10 and more as letters: g is 16."""
+
+NARROW = 60
+"""Columns that a table takes at least, so that its title and caption are lines and no column."""
 
 LABEL_WIDTH = 30
 """Columns that a row's label and the lines of the table take beside the map."""
@@ -59,17 +60,18 @@ def show_facts(facts: Facts) -> None:
     """Headline, maps of bits, formats, losses, coverage, warnings and origin."""
     console, plan = make_console(), facts.plan
     console.print(f"[bold]{escape(facts.name)}[/]  {escape(str(facts.folder))}")
-    console.print(escape(plan.description))
+    console.print(f"Plan: {escape(plan.description)}")
     console.print(
-        f"{plan.bits_per_weight:.4f} bits per weight of {plan.weights:,} weights "
-        f"({plan.asked_bits:.4f} asked), predicted loss {plan.predicted_loss:.6g} {plan.unit}"
+        f"{plan.bits_per_weight:.4f} bits per weight, predicted loss {plan.predicted_loss:.6g} "
+        f"{plan.unit}"
     )
     for line in headlines(facts):
         console.print(f"  {line.value:>10}  {line.label} [dim]({escape(line.remark)})")
     for table in bits_maps(facts, console.width):
         console.print(table)
     console.print(_schemes(facts))
-    console.print(_comparison(facts))
+    console.print(comparison_table(comparison(facts), facts.written.heldout_tokens))
+    console.print(_legend_grid(facts.plan.unit))
     _show_lines(console, facts)
 
 
@@ -94,14 +96,14 @@ def _expert_map(cells: Sequence[Cell], width: int) -> Table:
     room = max(8, (width - LABEL_WIDTH) // len(names) - 3)
     mates = -(-count // room)
     at = {(cell.layer, cell.column, cell.expert): cell.bits for cell in cells}
-    table = Table(title="Bits of routed experts, one after the other in each row")
+    table = Table(title="Bits of routed experts: a row of experts for each layer", min_width=NARROW)
     table.add_column("layer", justify="right")
     for name in names:
         table.add_column(escape(name), no_wrap=True)
     for layer in sorted({cell.layer for cell in cells}):
         rows = [[at.get((layer, name, expert)) for expert in range(count)] for name in names]
         table.add_row(str(layer), *(_marks(_means(row, mates)) for row in rows))
-    table.caption = _legend("experts", mates)
+    table.caption = _legend("experts", mates, cells)
     return table
 
 
@@ -111,13 +113,13 @@ def _linear_map(cells: Sequence[Cell], width: int) -> Table:
     longest = max(map(len, names))
     mates = -(-len(layers) // max(8, width - longest - 8))
     at = {(cell.column, cell.layer): cell.bits for cell in cells}
-    table = Table(title="Bits of other linears, layer after layer in each row")
+    table = Table(title="Bits of other linears: a row of layers for each", min_width=NARROW)
     table.add_column("linear", overflow="fold")
     table.add_column(f"layers 0 to {layers[-1]}", no_wrap=True)
     for name in names:
         row = [at.get((name, layer)) for layer in layers]
         table.add_row(escape(name), _marks(_means(row, mates)))
-    table.caption = _legend("layers", mates)
+    table.caption = _legend("layers", mates, cells)
     return table
 
 
@@ -144,9 +146,15 @@ def _marks(bits: Sequence[float | None]) -> Text:
     return text
 
 
-def _legend(what: str, mates: int) -> str:
-    mean = "" if mates == 1 else f"Each mark is the mean of {mates} {what}. "
-    return f"{mean}Whole bits: 3 is 3 to 4 with scales and zero points, g is 16."
+def _legend(what: str, mates: int, cells: Sequence[Cell]) -> str:
+    """What a mark is; without a work folder nothing tells the bits of scales."""
+    is_whole = all(cell.loss is not None for cell in cells)
+    counts = "scales and zero points included" if is_whole else "of the codes alone"
+    mark = "A mark is" if mates == 1 else f"A mark is the mean of {mates} {what}:"
+    return (
+        f"{mark} stored bits per weight ({counts}), rounded down: 3 is 3.0 to 3.99. From 10 on it "
+        "is a letter, g for 16."
+    )
 
 
 def _schemes(facts: Facts) -> Table:
@@ -158,14 +166,11 @@ def _schemes(facts: Facts) -> Table:
     return table
 
 
-def _comparison(facts: Facts) -> Table:
-    table = Table(title=f"Held-out text, {facts.written.heldout_tokens:,} tokens")
-    for number, column in enumerate(COMPARISON_HEADS):
-        table.add_column(column, justify="right" if number else "left")
-    for row in comparison(facts):
-        table.add_row(*map(escape, row))
-    table.caption = legend(facts)
-    return table
+def _legend_grid(unit: str) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    for name, meaning in legend(unit):
+        grid.add_row(f"[dim]{escape(name)}", f"[dim]{escape(meaning)}")
+    return grid
 
 
 def _show_lines(console: Console, facts: Facts) -> None:

@@ -229,20 +229,25 @@ def check_needs(needs: Needs, found: Machine, resources: ResourceOptions) -> Non
     memory, disk = sum(needs.memory_bytes.values()), sum(needs.disk_bytes.values())
     if memory > found.memory_bytes:
         raise ValueError(
-            f"the run needs about {gib(memory)} of memory and {gib(found.memory_bytes)} are free "
-            f"({_largest(needs.memory_bytes)}); lower --memory, free some, or start it with --force"
+            f"the run needs about {spoken_bytes(memory)} of memory and "
+            f"{spoken_bytes(found.memory_bytes)} are free ({_largest(needs.memory_bytes)}); "
+            "lower --memory, free some, or start it with --force"
         )
     if disk > found.disk_bytes:
         raise ValueError(
-            f"the run needs about {gib(disk)} of disk and {gib(found.disk_bytes)} are free in the "
-            f"work folder ({_largest(needs.disk_bytes)}); choose another --work, raise --memory, "
-            "take fewer --samples, or start it with --force"
+            f"the run needs about {spoken_bytes(disk)} of disk and "
+            f"{spoken_bytes(found.disk_bytes)} are free in the work folder "
+            f"({_largest(needs.disk_bytes)}); choose another --work, raise --memory, take fewer "
+            "--samples, or start it with --force"
         )
 
 
-def gib(count: float) -> str:
-    """Bytes for a reader."""
-    return f"{count / 2**30:.1f} GiB"
+def spoken_bytes(count: float) -> str:
+    """Bytes in the largest unit that they fill."""
+    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if count >= 2**power:
+            return f"{count / 2**power:,.1f} {unit}"
+    return f"{count:.0f} bytes"
 
 
 def about(seconds: float) -> str:
@@ -298,7 +303,7 @@ def _memory(sizes: Sizes, work: Workload) -> dict[str, int]:
         "largest layer": FLOAT_BYTES * largest,
         "its loading or quantizing": max(loading, quantizing + largest),
         "one batch in it": batch,
-        "freed, kept for the next": KEPT_BYTES,
+        "freed memory, kept for reuse": KEPT_BYTES,
         "kept activations": min(work.limit_bytes, sum(_activations(sizes, work))),
     }
 
@@ -391,4 +396,4 @@ def _shares_input(block: LinearBlock) -> bool:
 
 def _largest(parts: Mapping[str, int]) -> str:
     name = max(parts, key=lambda part: parts[part])
-    return f"most of it for {name}: {gib(parts[name])}"
+    return f"most of it for {name}: {spoken_bytes(parts[name])}"

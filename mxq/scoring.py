@@ -7,6 +7,8 @@ each window is read on its own, and every token but the first of a window is sco
 import torch
 from torch import Tensor
 
+from mxq.counted import counted
+
 CHUNK_POSITIONS = 256
 """Positions whose log-probabilities exist at a time: 150 MB for a vocabulary of 150 000."""
 
@@ -45,7 +47,7 @@ def windows(ids_T: Tensor, window: int, batch: int = 1) -> tuple[Tensor, ...]:
     """
     require_counts(window, batch)
     if len(ids_T) < 2:
-        raise ValueError(f"the text has {len(ids_T)} tokens; scoring needs at least 2")
+        raise ValueError(f"the text has {counted(len(ids_T), 'token')}; scoring needs at least 2")
     whole = len(ids_T) // window * window
     rest_T = ids_T[whole:]
     full = torch.split(ids_T[:whole].reshape(-1, window), batch) if whole else ()

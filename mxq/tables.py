@@ -2,19 +2,30 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from mxq.artifacts import Allocation, BlockInfo, SensitivityTable
+from mxq.counted import counted
 from mxq.engines import format_warnings, load_rules
 from mxq.finish import QuantizeResult
 from mxq.heldout import MeasuredLoss
 from mxq.machine import Machine
 from mxq.profiling.activation import ActivationStats
-from mxq.report.words import cold_experts, engine_line, few_tokens, unrouted_experts
-from mxq.resources import Needs, about, gib
+from mxq.report.comparison import HEADS, Compared, caption, original_row, plan_row
+from mxq.report.words import (
+    cold_experts,
+    engine_line,
+    few_tokens,
+    is_uniform,
+    measured_on,
+    plan_name,
+    unrouted_experts,
+)
+from mxq.resources import Needs, about, spoken_bytes
 from mxq.scheme import Scheme
 from mxq.terminal import make_console
 from mxq.workspace import Workspace
@@ -45,10 +56,10 @@ def show_plans(plans: Mapping[str, Allocation], table: SensitivityTable) -> None
     summary = Table(title="Predicted")
     for column in ("plan", "bits asked", "bits reached", "loss", "bound", "latency"):
         summary.add_column(column, justify="left" if column == "plan" else "right")
-    for name, plan in plans.items():
+    for plan in plans.values():
         summary.add_row(
-            _plan_name(name, plan),
-            f"{plan.asked_bits:.4f}",
+            plan_name(plan.description),
+            "" if is_uniform(plan.description) else f"{plan.asked_bits:.4f}",
             f"{plan.bits_per_weight:.4f}",
             f"{plan.predicted_loss:.6g}",
             f"{plan.bound:.6g}" if plan.proven else f"{plan.bound:.6g} (not proven)",
@@ -104,51 +115,47 @@ def scheme_table(plan: Allocation, blocks: Sequence[BlockInfo]) -> Table:
 
 
 def comparison(result: QuantizeResult) -> Table:
-    """Each packed plan: bits, bytes, predicted and measured loss."""
-    table = Table(title=f"Held-out text, {_first(result.losses).tokens:,} tokens")
-    for column in ("", "bits asked", "bits", "MB", "predicted", "KL", "perplexity", "top-1"):
-        table.add_column(column, justify="left" if column == "" else "right")
-    original = _first(result.losses)
-    table.add_row("original", "", "", "", "", "", f"{original.original_perplexity:.4f}", "")
+    """The uniform plan over the budget, and each packed plan: bits, size, loss."""
+    first = _first(result.losses)
+    rows = [original_row(first.original_perplexity, None)]
     if result.above is not None:
-        above = result.above
-        table.add_row(
-            f"{_plan_name('uniform', above)} +",
-            "",
-            f"{above.bits_per_weight:.3f}",
-            "",
-            f"{above.predicted_loss:.5g}",
-        )
+        rows.append(plan_row(_compared(result.above, None, None)))
     for name, plan in result.plans.items():
-        loss = result.losses[name]
-        table.add_row(
-            _plan_name(name, plan) + (" *" if name == result.written else ""),
-            f"{plan.asked_bits:.3f}" if name == "plan" else "",
-            f"{plan.bits_per_weight:.3f}",
-            f"{result.packs[name].tensor_bytes / 1e6:,.2f}",
-            f"{plan.predicted_loss:.5g}",
-            f"{loss.kl:.5f}",
-            f"{loss.perplexity:.4f}",
-            f"{loss.top1_agreement:.2%}",
-        )
-    table.caption = (
-        f"* written. + over the budget, not packed. MB: all tensors. Predicted in {result.unit}; "
-        "KL to the original in nats per token; top-1: same likeliest token."
-    )
+        packed = _compared(plan, result.packs[name].tensor_bytes, result.losses[name])
+        rows.append(plan_row(replace(packed, is_written=name == result.written)))
+    table = comparison_table(rows, first.tokens)
+    table.caption = caption(result.unit)
+    return table
+
+
+def _compared(plan: Allocation, tensor_bytes: int | None, loss: MeasuredLoss | None) -> Compared:
+    asked, reached = plan.asked_bits, plan.bits_per_weight
+    return Compared(plan.description, asked, reached, plan.predicted_loss, tensor_bytes, loss)
+
+
+def comparison_table(rows: Sequence[Sequence[str]], heldout_tokens: int) -> Table:
+    """Rows under the heads of ``mxq.report.comparison``."""
+    table = Table(title=measured_on(heldout_tokens))
+    for number, head in enumerate(HEADS):
+        # Two lines of a head leave room for the names of plans in 100 columns.
+        table.add_column(head.replace(" ", "\n"), justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*map(escape, row))
     return table
 
 
 def coverage_lines(result: QuantizeResult) -> list[str]:
     """What was quantized, what was kept and which experts were cold."""
-    lines = [f"Quantized {len(result.blocks)} linear blocks; kept in their type:"]
-    lines += [f"  {count} parameters: {why}" for why, count in sorted(result.kept.items())]
+    lines = [f"Quantized {counted(len(result.blocks), 'linear block')}; kept in their type:"]
+    lines += [f"  {counted(count, 'tensor')}: {why}" for why, count in sorted(result.kept.items())]
     unrouted = result.packs[result.written].unrouted
     return lines + _yellow([*cold_experts(result.profile), *unrouted_experts(unrouted)])
 
 
 def show_profile(stats: ActivationStats) -> None:
     """Tokens of experts by layer, and where they come from."""
-    table = Table(title=f"Routed tokens of {stats.total_tokens:,} calibration tokens")
+    counts = counted(stats.total_tokens, "profiled token")
+    table = Table(title=f"Experts by the tokens routed to them, of {counts}")
     for column in ("experts", "least", "median", "most", "unused", "pair entropy", "of"):
         table.add_column(column, justify="left" if column == "experts" else "right")
     for site in stats.sites:
@@ -166,8 +173,9 @@ def show_profile(stats: ActivationStats) -> None:
     console.print(table)
     console.print(f"Domains: {', '.join(stats.domains)}")
     console.print(
-        f"{len(stats.topped_up)} experts topped up with {stats.added_samples} spare samples, "
-        f"{len(stats.cold)} still under {stats.floor} tokens"
+        f"{counted(len(stats.topped_up), 'expert')} topped up with "
+        f"{counted(stats.added_samples, 'spare sample')}, {len(stats.cold)} still under "
+        f"{counted(stats.floor, 'fitting token')}"
     )
 
 
@@ -205,11 +213,12 @@ def show_needs(needs: Needs, found: Machine) -> None:
         ("memory", needs.memory_bytes, found.memory_bytes),
         ("disk", needs.disk_bytes, found.disk_bytes),
     ):
-        for name, count in parts.items():
-            table.add_row(kind if name == next(iter(parts)) else "", name, gib(count), "")
-        table.add_row(
-            "", "in all", f"[bold]{gib(sum(parts.values()))}", gib(free), end_section=True
-        )
+        taken = {name: count for name, count in parts.items() if count > 0}
+        for name, count in taken.items():
+            table.add_row(kind if name == next(iter(taken)) else "", name, spoken_bytes(count), "")
+        total = f"[bold]{spoken_bytes(sum(taken.values()))}"
+        label = "" if taken else kind
+        table.add_row(label, "in all", total, spoken_bytes(free), end_section=True)
     for name, seconds in needs.seconds.items():
         table.add_row("time" if name == next(iter(needs.seconds)) else "", name, about(seconds), "")
     table.caption = (
@@ -245,12 +254,6 @@ def _column_of(block: BlockInfo) -> str:
     if block.expert is not None:
         return block.projection
     return "\n".join(block.name.split(".")[2:])
-
-
-def _plan_name(name: str, plan: Allocation) -> str:
-    if name == "plan":
-        return "plan"
-    return str(next(iter(plan.schemes.values())))
 
 
 def _latency(plan: Allocation) -> str:

@@ -185,7 +185,7 @@ def gpu_needs_of(adapter: ModelAdapter, processes: int) -> GPUNeeds:
     fused = 2 * FLOAT_BYTES * max(sizes.layer_elements) // 3
     outputs = FLOAT_BYTES * work.tokens * (2 * sizes.hidden + widest)
     on_gpu = ("largest layer", "one batch in it")
-    host = ("Python and libraries", "freed, kept for the next", "kept activations")
+    host = ("Python and libraries", "freed memory, kept for reuse", "kept activations")
     return GPUNeeds(
         FLOAT_BYTES * sizes.outside_elements
         + sum(parts[name] for name in on_gpu)

@@ -16,7 +16,7 @@ from mxq.config import AllocateOptions, CalibrationOptions, MeasureOptions, Mode
 from mxq.heldout import MeasuredLoss
 from mxq.profiling.activation import ActivationStats, SiteStats
 from mxq.publish import RunRecord
-from mxq.report.facts import Facts, Finding, make_cells
+from mxq.report.facts import Facts, PlanResult, make_cells
 from mxq.report.origin import Origin
 from mxq.scheme import parse_schemes
 from mxq.search.allocate import allocate, best_uniform
@@ -42,7 +42,7 @@ def make_facts(*, layers=3, experts=4, bits=3.2, name="an/original", device=None
         folder=Path("/nowhere/out"),
         plan=plan,
         record=_record(plans, losses),
-        findings={found: _finding(found, plans[found], *loss) for found, loss in losses.items()},
+        results={found: _plan_result(found, plans[found], *loss) for found, loss in losses.items()},
         cells=make_cells(plan, table),
         model_type="fancy_moe",
         origin=Origin(
@@ -59,6 +59,7 @@ def make_facts(*, layers=3, experts=4, bits=3.2, name="an/original", device=None
         table=table,
         profile=_profile(draw, layers, experts),
         layers=_layers(draw, plan, layers) if measured else None,
+        has_tokenizer=True,
         notes=(),
     )
 
@@ -114,8 +115,8 @@ def _record(plans, losses):
     return RunRecord("plan", packs, measured, {"config.json": "0"}, MADE_FROM)
 
 
-def _finding(name, plan: Allocation, kl, nll):
-    return Finding(
+def _plan_result(name, plan: Allocation, kl, nll):
+    return PlanResult(
         written=name == "plan",
         description=plan.description,
         bits_asked=plan.asked_bits,

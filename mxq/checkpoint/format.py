@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mxq.counted import counted
 from mxq.scheme import Scheme
 
 QUANT_METHOD = "mxq"
@@ -126,7 +127,9 @@ def _text(value: object) -> str:
 def _pick(schemes: Sequence[Scheme], place: object) -> Scheme:
     # True is an integer to Python, and -1 the last place.
     if type(place) is not int or not 0 <= place < len(schemes):
-        raise _damaged(f"{_shown(place)} is no place in its list of {len(schemes)} schemes")
+        raise _damaged(
+            f"{_shown(place)} is no place in its list of {counted(len(schemes), 'scheme')}"
+        )
     return schemes[place]
 
 

@@ -23,6 +23,7 @@ from mxq.checkpoint.engine import prepare_kernels
 from mxq.checkpoint.format import QUANT_METHOD, CheckpointPlan
 from mxq.checkpoint.modules import MxqExperts, packed_linear
 from mxq.checkpoint.save import give_savers
+from mxq.counted import counted
 from mxq.models.experts import expert_count, is_fused_experts, projection_shapes
 from mxq.models.files import is_inside
 from mxq.models.source import file_digest
@@ -115,7 +116,8 @@ def check_depth(plan: CheckpointPlan, config: Any) -> None:
     if not isinstance(layers, int) or layers > len(plan.files):
         raise ValueError(
             f"config.json says num_hidden_layers is {layers!r}, but this checkpoint has "
-            f"{len(plan.files)} files, one for each layer and more; copy or download it again"
+            f"{counted(len(plan.files), 'file')}, one for each layer and more; copy or download "
+            "it again"
         )
 
 

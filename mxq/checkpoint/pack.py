@@ -27,6 +27,7 @@ from mxq.checkpoint.layer import (
     quantize_layer,
 )
 from mxq.checkpoint.writer import CheckpointWriter, shard_file
+from mxq.counted import counted
 from mxq.distributed import Team
 from mxq.models.adapter import Capture, ModelAdapter
 from mxq.models.experts import expert_bias
@@ -282,6 +283,7 @@ def _check_covers(adapter: ModelAdapter, allocation: Allocation) -> None:
     if absent or foreign:
         example = sorted(absent or foreign)[0]
         raise ValueError(
-            f"the allocation is of another model or scope: {len(absent)} blocks of this model are "
-            f"absent from it and {len(foreign)} are unknown, e.g. {example}"
+            "the allocation is of another model or scope: it lacks "
+            f"{counted(len(absent), 'block')} of this model and has "
+            f"{counted(len(foreign), 'unknown one')}, e.g. {example}"
         )

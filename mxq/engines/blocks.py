@@ -7,6 +7,7 @@ the first and ties blocks by the second.
 from collections.abc import Callable, Hashable, Mapping
 
 from mxq.artifacts import BlockInfo
+from mxq.counted import counted
 from mxq.engines.deployment import is_of
 from mxq.engines.formats import StoredFormat
 from mxq.engines.rules import Accepted, Rule
@@ -131,7 +132,7 @@ def _cut_groups(block: BlockInfo, stored: StoredFormat, ranks: int) -> str | Non
     share, group = block.in_features // ranks, stored.group_size
     if group is None or share % group == 0:
         return None
-    return f"{block.name}: {share} inputs on each of {ranks} ranks, in groups of {group}"
+    return f"{block.name}: {counted(share, 'input')} on each of {ranks} ranks, in groups of {group}"
 
 
 def _cut_words(block: BlockInfo, stored: StoredFormat, ranks: int) -> str | None:
@@ -139,4 +140,6 @@ def _cut_words(block: BlockInfo, stored: StoredFormat, ranks: int) -> str | None
     share = block.out_features // ranks
     if stored.storage != "packed" or stored.symmetric or share * stored.w_bits % WORD_BITS == 0:
         return None
-    return f"{block.name}: zero points of {share} outputs on a rank do not fill whole words"
+    return (
+        f"{block.name}: zero points of {counted(share, 'output')} on a rank do not fill whole words"
+    )

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 
 from mxq.artifacts import BlockInfo
+from mxq.counted import counted
 from mxq.engines.blocks import BLOCK_KINDS, SAME_KINDS, reason
 from mxq.engines.deployment import Deployment, Finding, is_of
 from mxq.engines.exported import EXPORT_KINDS
@@ -73,7 +74,7 @@ def _mixture(group: list[tuple[BlockInfo, StoredFormat]]) -> str:
     """The formats of a group of blocks, the most frequent first."""
     counts = Counter(str(stored) for _, stored in group).most_common()
     listed = ", ".join(f"{count} x {stored}" for stored, count in counts[:FEW])
-    more = f" and {len(counts) - FEW} more formats" if len(counts) > FEW else ""
+    more = f" and {counted(len(counts) - FEW, 'more format')}" if len(counts) > FEW else ""
     return f"{group[0][0].name} and those with it: {listed}{more}"
 
 
@@ -96,7 +97,9 @@ def _storages_differ(rule: Rule, deployment: Deployment) -> Finding | None:
         return None
     most = counts.most_common(1)[0][0]
     names = tuple(block.name for block, s in deployment.quantized if s.storage != most)
-    listed = ", ".join(f"{count} blocks {storage}" for storage, count in counts.most_common())
+    listed = ", ".join(
+        f"{counted(count, 'block')} {storage}" for storage, count in counts.most_common()
+    )
     return Finding(rule, names, listed)
 
 

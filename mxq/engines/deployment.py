@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from mxq.artifacts import BlockInfo
+from mxq.counted import counted
 from mxq.engines.formats import DENSE, StoredFormat
 from mxq.engines.rules import EXPORTED, EngineRules, Rule
 
@@ -59,7 +60,9 @@ class Deployment:
     def __post_init__(self) -> None:
         """Raise ValueError unless there is one format for each block."""
         if len(self.blocks) != len(self.formats):
-            raise ValueError(f"{len(self.formats)} formats for {len(self.blocks)} blocks")
+            raise ValueError(
+                f"{counted(len(self.formats), 'format')} for {counted(len(self.blocks), 'block')}"
+            )
 
     def pairs(self, part: str = "all") -> list[tuple[BlockInfo, StoredFormat]]:
         """Blocks of a part with their formats."""

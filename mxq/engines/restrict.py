@@ -7,6 +7,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 from mxq.artifacts import BlockInfo
+from mxq.counted import counted
 from mxq.engines.blocks import BLOCK_KINDS, SAME_KINDS, accepts, reason
 from mxq.engines.formats import StoredFormat, format_of
 from mxq.engines.rules import EXPORTED, EngineRules, Rule
@@ -76,8 +77,9 @@ def fitting_schemes(
         raise ValueError(_none_taken(rules, blocks[0], (Scheme.parse("bf16"),), 1))
     raise ValueError(
         f"{rules.title} {rules.version} takes no scheme on {ranks} ranks: they do not divide "
-        f"the sizes of the blocks, e.g. {blocks[0].name} with {blocks[0].out_features} outputs "
-        f"and {blocks[0].in_features} inputs; give another --tp"
+        f"the sizes of the blocks, e.g. {blocks[0].name} with "
+        f"{counted(blocks[0].out_features, 'output')} and "
+        f"{counted(blocks[0].in_features, 'input')}; give another --tp"
     )
 
 

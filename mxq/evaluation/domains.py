@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mxq.counted import counted
 from mxq.evaluation.loading import load_tokenizer, require_same_vocabulary
 from mxq.profiling.texts import encode_joined, file_texts, hub_texts, is_there
 
@@ -50,7 +51,7 @@ def encode_texts(
         ValueError: If a tokenizer cannot be loaded or gives other ids, or a domain is too short.
     """
     if limit is not None and limit < 2:
-        raise ValueError(f"limit is {limit} tokens; scoring needs at least 2")
+        raise ValueError(f"limit is {counted(limit, 'token')}; scoring needs at least 2")
     first = load_tokenizer(models[0])
     ids = {name: encode_joined(first, domain) for name, domain in texts.items()}
     for model in models[1:]:
@@ -65,7 +66,9 @@ def encode_texts(
                 )
     for name, ids_T in ids.items():
         if len(ids_T) < 2:
-            raise ValueError(f"the text {name!r} has {len(ids_T)} tokens; scoring needs at least 2")
+            raise ValueError(
+                f"the text {name!r} has {counted(len(ids_T), 'token')}; scoring needs at least 2"
+            )
     return {name: ids_T[:limit] for name, ids_T in ids.items()}
 
 

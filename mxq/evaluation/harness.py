@@ -7,6 +7,7 @@ would score a model whose experts were never loaded.
 import contextlib
 import logging
 import math
+import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
+import torch
 
+from mxq.counted import counted
 from mxq.evaluation.demo_tasks import demo_names
 from mxq.evaluation.loading import free_memory, load_model, load_tokenizer
 from mxq.evaluation.statistics import Stratum
@@ -101,8 +104,8 @@ def check_questions(manager: Any, names: Sequence[str], shots: int | None) -> No
         spare = pool - (not task.has_training_docs() and not task.has_validation_docs())
         if shots > spare:
             raise ValueError(
-                f"shots is {shots}, but task {name} has {spare} examples for a question; "
-                "ask for fewer"
+                f"shots is {shots}, but task {name} has {counted(spare, 'example')} for a "
+                "question; ask for fewer"
             )
 
 
@@ -141,7 +144,7 @@ def _refuse_broken(name: str, module: object, inputs: object, output: Any) -> No
         raise ValueError(f"the logits of {name} are not finite somewhere; the model is broken")
 
 
-def ask(name: str, manager: object, request: Request) -> dict[str, Answers]:
+def ask(name: str, manager: Any, request: Request) -> dict[str, Answers]:
     """The answers of one model by task and group; the model is gone from memory afterwards.
 
     Raises:
@@ -154,15 +157,13 @@ def ask(name: str, manager: object, request: Request) -> dict[str, Answers]:
     model = load_model(name, device=request.device)
     model.register_forward_hook(partial(_refuse_broken, name))
     with _quiet(), _reading(request.names):
-        output: Mapping[str, Any] = lm_eval.simple_evaluate(
-            model=HFLM(
+        output: Mapping[str, Any] = lm_eval.evaluate(
+            lm=HFLM(
                 pretrained=model,
                 tokenizer=tokenizer,
                 batch_size="auto" if request.batch is None else request.batch,
             ),
-            tasks=list(request.names),
-            num_fewshot=request.shots,
-            task_manager=manager,
+            task_dict=_with_shots(manager, request),
             limit=request.limit,
             bootstrap_iters=BOOTSTRAP_DRAWS,
             log_samples=True,
@@ -170,6 +171,26 @@ def ask(name: str, manager: object, request: Request) -> dict[str, Answers]:
     del model
     free_memory()
     return dict(_all_answers(output))
+
+
+def _with_shots(manager: Any, request: Request) -> Any:
+    """The tasks with their examples, seeded as the harness's own command seeds them.
+
+    That command (``lm_eval.simple_evaluate``) also asks git for a commit and pip for all packages
+    after each model; git says on the error stream where there is none.
+    """
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+
+    # Tasks may shuffle their questions or choices when they are loaded.
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    torch.manual_seed(DEFAULT_OTHER_SEED)
+    loaded = manager.load(list(request.names))
+    for task in loaded["tasks"].values():
+        shots = task.get_config("num_fewshot") if request.shots is None else request.shots
+        task.set_config(key="num_fewshot", value=shots or 0)
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    return loaded
 
 
 def _all_answers(output: Mapping[str, Any]) -> Iterator[tuple[str, Answers]]:

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mxq.checking import check_folder
+from mxq.counted import counted
 from mxq.models.claims import check_config
 from mxq.models.files import checkpoint_files, read_json
 from mxq.models.skeleton import load_whole
@@ -149,9 +150,11 @@ def require_same_vocabulary(
     ours, theirs = tokenizer.get_vocab(), reference.get_vocab()
     if ours != theirs:
         different = len(set(ours.items()) ^ set(theirs.items()))
+        differ = "differs" if different == 1 else "differ"
         raise ValueError(
             f"{names[0]} and {names[1]} have other vocabularies ({len(ours)} and {len(theirs)} "
-            f"tokens, {different} entries differ); only models of the same tokens can be compared"
+            f"tokens, {counted(different, 'entry', 'entries')} {differ}); only models of the same "
+            "tokens can be compared"
         )
 
 

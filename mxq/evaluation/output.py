@@ -16,6 +16,7 @@ from rich.progress import track
 from rich.table import Table
 
 from mxq import __version__
+from mxq.counted import counted
 from mxq.evaluation.losses import Loss, ModelLosses
 from mxq.evaluation.statistics import DRAWS, FEW_UNITS, SEED, Estimate
 from mxq.evaluation.texts import Prepared
@@ -174,8 +175,19 @@ def difference_cells(loss: Loss) -> list[str]:
 
 def text_title(prepared: Prepared, found: Sequence[ModelLosses]) -> str:
     """What was scored, over a table."""
-    tokens = found[0].overall.tokens
-    return f"{prepared.options.text}: {tokens:,} tokens in windows of {prepared.window:,}"
+    options, tokens = prepared.options, found[0].overall.tokens
+    most = "" if options.limit is None else f", at most {options.limit:,} of each domain"
+    return f"{options.text}: {counted(tokens, 'token')}{most}, in windows of {prepared.window:,}"
+
+
+def task_title(shots: int | None, limit: int | None) -> str:
+    """What was asked, over a table; None where the tasks decide."""
+    parts = ["Tasks"]
+    if limit is not None:
+        parts.append(f"the first {counted(limit, 'question')} of each task")
+    if shots is not None:
+        parts.append(f"{counted(shots, 'example')} before each question")
+    return ", ".join(parts)
 
 
 def text_caption(prepared: Prepared, found: Sequence[ModelLosses]) -> str:

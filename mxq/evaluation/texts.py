@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mxq.counted import counted
 from mxq.evaluation.domains import encode_texts, read_texts
 from mxq.evaluation.loading import (
     find_baseline,
@@ -108,7 +109,8 @@ def _window(names: Sequence[str], asked: int | None) -> int:
     for name, limit in limits.items():
         if asked > limit:
             raise ValueError(
-                f"window {asked} is longer than the {limit} positions of the model {name}"
+                f"window {asked} is longer than the {counted(limit, 'position')} of the "
+                f"model {name}"
             )
     return asked
 

@@ -45,7 +45,7 @@ def table_facts(
             ),
         },
         "granularities": list(GRANULARITIES),
-        "engines": list(ENGINES),
+        "engines": _engine_facts(session),
         "device": setting.device,
         "tokens": setting.tokens,
         "latencySource": session.priced.latency_source,
@@ -86,6 +86,14 @@ def _range(session: Session) -> tuple[float, float]:
     least = float(np.where(there, priced.storage, np.inf).min(axis=1).sum()) / priced.weights
     most = float(np.where(there, priced.storage, -np.inf).max(axis=1).sum()) / priced.weights
     return ceil(least * 100) / 100, max(floor(most * 100), ceil(least * 100)) / 100
+
+
+def _engine_facts(session: Session) -> list[Fields]:
+    """The engines, and of those whose rules no plan of the table keeps, why."""
+    return [
+        {"name": name, "refusal": session.refusal(AllocateOptions(bits=16, engine=name))}
+        for name in ENGINES
+    ]
 
 
 def _block_facts(blocks: Sequence[BlockInfo]) -> Mapping[str, object]:

@@ -100,6 +100,15 @@ class Session:
             )
         return Explored(plan, beside, len(rules.prepared[0].grouped.problem.loss), seconds)
 
+    def refusal(self, options: AllocateOptions) -> str | None:
+        """Why no plan keeps the rules of these options, whatever its limits; None if one may."""
+        try:
+            with self._lock:
+                self._rules_of(options)
+        except ValueError as error:
+            return str(error)
+        return None
+
     def _rules_of(self, options: AllocateOptions) -> _Rules:
         key = replace(options, bits=16.0, floor_bits=None, max_latency_us=None)
         if key not in self._rules:

@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from mxq.counted import counted
 from mxq.kernels.layout import (
     from_kernel_order,
     layout_of,
@@ -109,7 +110,9 @@ def group_weights(
         rows.append((w_starts[index], meta_starts[index], *place, bias_off))
         del problem, q, ordered  # before the iterator makes the next one
     if len(rows) != len(sizes):
-        raise ValueError(f"{len(rows)} problems were given for {len(sizes)} sizes; give one each")
+        raise ValueError(
+            f"got {counted(len(rows), 'problem')} for {counted(len(sizes), 'size')}; give one each"
+        )
     _check_columns(rows)
     distinct = tuple(sorted(set(formats)))
     format_index = torch.tensor([distinct.index(form) for form in formats], dtype=torch.int32)
@@ -193,7 +196,9 @@ def _check_sizes(sizes: Sequence[WeightSize]) -> int:
 
 def _check_problem(problem: Problem, sizes: Sequence[WeightSize], index: int) -> None:
     if index >= len(sizes):
-        raise ValueError(f"more problems were given than the {len(sizes)} sizes; give one each")
+        raise ValueError(
+            f"more problems were given than the {counted(len(sizes), 'size')}; give one each"
+        )
     found, expected = size_of(problem.weight), sizes[index]
     if found != expected:
         raise ValueError(f"problem {index} is {_words(found)}, announced as {_words(expected)}")

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mxq.counted import counted
 from mxq.kernels.arena import GroupedWeights
 from mxq.kernels.codegen import build, signature
 from mxq.kernels.dispatch import default_dialect, kernel_folder, multiprocessors, shared_bytes
@@ -201,8 +202,9 @@ class GroupGemm:
         # Programs are launched for the tiles of these tokens: more would stay without a result.
         if slots != tokens * self.top_k:
             raise ValueError(
-                f"a routing of {slots} assignments is not one of {tokens} tokens with {self.top_k} "
-                "experts each; pass the tokens of the routing"
+                f"a routing of {counted(slots, 'assignment')} is not one of "
+                f"{counted(tokens, 'token')} with {counted(self.top_k, 'expert')} each; pass the "
+                "tokens of the routing"
             )
 
     def _limits(self, work: _Workload, tokens: int) -> dict[str, int]:

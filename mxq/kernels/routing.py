@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from mxq.counted import counted
 from mxq.kernels.routing_kernels import (
     count_kernel,
     route_small_kernel,
@@ -240,7 +241,8 @@ def check_bound(
     )
     if needed > bound:
         raise ValueError(
-            f"{tokens} tokens with {top_k} experts each can make {needed} tiles, but the tile "
+            f"{counted(tokens, 'token')} with {counted(top_k, 'expert')} each can make "
+            f"{counted(needed, 'tile')}, but the tile "
             f"table has room for {bound}; make the table for more tokens or pass fewer at a time"
         )
 

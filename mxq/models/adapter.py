@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from mxq.blocks import LinearBlock, read_block, write_block
+from mxq.counted import counted
 from mxq.models.experts import (
     Experts,
     expert_count,
@@ -264,8 +265,10 @@ class ModelAdapter:
             self._check_kept(pattern, quantized, kept)
         if uncovered:
             listed = "\n  ".join(uncovered[:20])
+            many = "look like weights and no rule covers them"
+            looks = "looks like a weight and no rule covers it" if len(uncovered) == 1 else many
             raise ValueError(
-                f"{len(uncovered)} parameters look like weights and no rule covers them:\n"
+                f"{counted(len(uncovered), 'parameter')} {looks}:\n"
                 f"  {listed}"
                 "\nKeep them in their type with --keep PATTERN (a regular expression of the name)"
             )

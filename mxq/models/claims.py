@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
 from transformers import __version__ as transformers_version
 
+from mxq.counted import counted
 from mxq.models.files import check_links, checkpoint_files, read_json
 
 _LAYERS = re.compile(r"^(n|num)_(\w+_)?(layers?|blocks?)$|^depths?$")
@@ -109,7 +110,8 @@ def check_depth(
         if place and int(place[1]) >= layers and not any(p.search(key) for p in ignored):
             raise ValueError(
                 f"{folder}: the files hold layer {place[1]} ({key}), but config.json describes "
-                f"{layers} layers; num_hidden_layers there was edited, or is of another model"
+                f"{counted(layers, 'layer')}; num_hidden_layers there was edited, or is of "
+                "another model"
             )
 
 
@@ -119,8 +121,8 @@ def check_parts(folder: Path, target: str, experts: int, keys: Sequence[str]) ->
     for pattern, count in counts.items():
         if max(counts.values()) > 1 and count != experts:
             raise ValueError(
-                f"{folder}: {target} is made from {count} tensors {pattern} in the files, but "
-                f"config.json needs {experts}; the checkpoint is incomplete, or its "
+                f"{folder}: {target} is made from {counted(count, 'tensor')} {pattern} in the "
+                f"files, but config.json needs {experts}; the checkpoint is incomplete, or its "
                 "config.json is of another model"
             )
 

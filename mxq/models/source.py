@@ -29,6 +29,7 @@ from transformers.modeling_utils import LoadStateDictConfig, _load_parameter_int
 from transformers.utils import logging
 
 from mxq.compute import CPU
+from mxq.counted import counted
 from mxq.heap import KEPT_BYTES, give_back, keep_temporaries, loading_weights
 from mxq.models.claims import (
     check_depth,
@@ -204,7 +205,7 @@ class ModelSource:
         weights = [name for name in missing if meta[name].dim() >= 2]
         if weights:
             raise ValueError(
-                f"{self.folder} lacks {len(weights)} weights of its own architecture, "
+                f"{self.folder} lacks {counted(len(weights), 'weight')} of its own architecture, "
                 f"first {sorted(weights)[0]!r}: the checkpoint is incomplete"
             )
         buffers = dict(self.model.named_non_persistent_buffers())

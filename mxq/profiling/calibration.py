@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from mxq.counted import counted
 from mxq.profiling.texts import HUB_SETS, file_texts, hub_texts, is_there, shorten
 from mxq.profiling.windows import (
     POOL_WINDOWS,
@@ -58,7 +59,10 @@ class CalibrationSet:
                 "give int64 of shape [samples, seqlen], with at least one sample and one token"
             )
         if len(self.domains) != len(ids):
-            raise ValueError(f"{len(self.domains)} domains for {len(ids)} samples; give one each")
+            raise ValueError(
+                f"{counted(len(self.domains), 'domain')} for {counted(len(ids), 'sample')}; give "
+                "one each"
+            )
         object.__setattr__(self, "digest", _digest(ids, self.domains))
 
     @property
@@ -78,8 +82,9 @@ class CalibrationSet:
         held = round(holdout * samples) if 0 < holdout < 1 else int(holdout)
         if not 0 < held < samples:
             raise ValueError(
-                f"holding out {holdout:g} of {samples} samples leaves {samples - held} to fit and "
-                f"{held} held out; both need at least one: change the holdout or give more samples"
+                f"holding out {holdout:g} of {counted(samples, 'sample')} leaves {samples - held} "
+                f"to fit and {held} held out; both need at least one: change "
+                "the holdout or give more samples"
             )
         # Sorted by domain, so that equal steps through the order are equal steps in each domain.
         order = sorted(range(samples), key=lambda index: self.domains[index])
@@ -230,8 +235,8 @@ def _shares(samples: int, names: Sequence[str]) -> dict[str, int]:
         raise ValueError(f"calibration domains {', '.join(names)} are not all different")
     if samples < len(names):
         raise ValueError(
-            f"{samples} samples cannot be shared between {len(names)} domains "
-            f"({', '.join(names)}); ask for at least {len(names)} samples"
+            f"{counted(samples, 'sample')} cannot be shared between "
+            f"{counted(len(names), 'domain')} ({', '.join(names)}); ask for at least {len(names)}"
         )
     whole, rest = divmod(samples, len(names))
     return {name: whole + (index < rest) for index, name in enumerate(names)}

@@ -12,6 +12,7 @@ from transformers import (
 )
 
 from mxq.config import CalibrationOptions
+from mxq.counted import counted
 from mxq.models.adapter import ModelAdapter
 from mxq.models.skeleton import load_whole
 from mxq.models.source import ModelSource, open_source
@@ -45,8 +46,8 @@ def draw_calibration(
     longest, width = _positions(adapter), found.input_ids.shape[1]
     if longest is not None and width > longest:
         raise ValueError(
-            f"samples of {width} tokens are longer than the model's {longest} positions; "
-            "lower --seqlen"
+            f"samples of {counted(width, 'token')} are longer than the model's "
+            f"{counted(longest, 'position')}; lower --seqlen"
         )
     if len(found.domains) != options.samples + held + spare:
         held, spare = max(1, len(found.domains) // 9), 0
@@ -55,6 +56,11 @@ def draw_calibration(
         return rest, None, heldout
     base, extra = rest.split(spare)
     return base, extra, heldout
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model folder has the files of a tokenizer."""
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def _load(
@@ -94,7 +100,7 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     Raises:
         ValueError: If there is one that cannot be loaded.
     """
-    if not any(path.name in _TOKENIZER_FILES for path in folder.iterdir()):
+    if not has_tokenizer(folder):
         return None  # transformers would make up a tokenizer without any token
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(

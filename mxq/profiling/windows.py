@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from mxq.counted import counted
 from mxq.profiling.texts import bos_id, encode
 
 POOL_WINDOWS = 32
@@ -109,8 +110,9 @@ def _starts(cutter: Cutter, name: str, length: int, share: int) -> Tensor:
     if length < needed:
         rule = "held-out text shares none" if cutter.disjoint else "two may overlap by half"
         raise ValueError(
-            f"calibration domain {name!r} has {length} tokens, but {share} windows of {seqlen} "
-            f"need at least {needed} ({rule}); give more text, or lower samples or seqlen"
+            f"calibration domain {name!r} has {counted(length, 'token')}, but "
+            f"{counted(share, 'window')} of {seqlen} {'needs' if share == 1 else 'need'} at least "
+            f"{needed} ({rule}); give more text, or lower samples or seqlen"
         )
     steps = torch.arange(share)
     slack = length - share * seqlen
@@ -182,8 +184,9 @@ def _rows(name: str, items: Iterable[str | Tensor], share: int) -> Tensor:
     rows = list(_first_rows(name, items, share))
     if len(rows) < share:
         raise ValueError(
-            f"calibration domain {name!r} has {len(rows)} rows of token ids, but {share} samples "
-            "are needed; give more rows, or lower samples"
+            f"calibration domain {name!r} has {counted(len(rows), 'row')} of token ids, but "
+            f"{counted(share, 'sample')} {'is' if share == 1 else 'are'} needed; give more rows, "
+            "or lower samples"
         )
     lengths = sorted({len(row) for row in rows})
     if len(lengths) > 1:

@@ -6,20 +6,48 @@ No dates and no paths of the output: the same run writes the same card.
 from pathlib import Path
 
 from mxq.publish import CARD, ORIGIN
+from mxq.report.comparison import HEADS, comparison, legend
 from mxq.report.facts import Facts, gather
 from mxq.report.markdown import fenced, front_matter, listed, plain, quoted, table
 from mxq.report.origin import UNTOLD, Origin, command
 from mxq.report.words import (
-    COMPARISON_HEADS,
-    comparison,
     coverage,
     headlines,
-    legend,
+    measured_on,
     provenance,
     scheme_uses,
     warnings,
 )
 from mxq.storage import save_artifact, write_atomically
+
+_INSTALLING = """Transformers loads it with the help of mxq ({version} wrote it), which needs Python
+3.11 or newer. To install it, in a clone of its repository:
+
+```bash
+pip install .
+```
+
+Then, in this folder:"""
+
+_TEXT_EXAMPLE = """import mxq  # registers the format
+from transformers import {auto}, AutoTokenizer
+
+folder = "."  # or this model's name on the hub
+model = {auto}.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+prompt = tokenizer("The ", return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=12)[0]))
+"""
+
+_IDS_EXAMPLE = """import mxq  # registers the format
+import torch
+from transformers import {auto}
+
+folder = "."  # or this model's name on the hub
+model = {auto}.from_pretrained(folder)
+prompt_ids = torch.tensor([[1, 2, 3]])  # this folder has no tokenizer: put ids of your own here
+print(model.generate(prompt_ids, max_new_tokens=12)[0].tolist())
+"""
 
 
 def write_card(folder: Path, work: Path, origin: Origin) -> None:
@@ -60,6 +88,12 @@ def hub_fields(origin: Origin | None) -> list[tuple[str, str]]:
     return fields
 
 
+def plans_table(facts: Facts) -> str:
+    """The table of measured plans, and what its columns are."""
+    said = [f"{name}: {meaning}" for name, meaning in legend(facts.plan.unit)]
+    return f"{table(HEADS, comparison(facts))}\n\n{listed(said)}"
+
+
 def _front_matter(facts: Facts) -> str:
     kinds = ["moe"] if any(cell.expert is not None for cell in facts.cells) else []
     tags = ["mxq", "mixed-precision", "quantized", *kinds, facts.model_type]
@@ -77,22 +111,16 @@ def _opening(facts: Facts) -> str:
 
 def _loading(facts: Facts) -> str:
     auto = "AutoModelForCausalLM" if facts.origin is None else facts.origin.auto_class
-    return f"""```python
-import mxq  # registers the format
-from transformers import {auto}, AutoTokenizer
+    example = _TEXT_EXAMPLE if facts.has_tokenizer else _IDS_EXAMPLE
+    version = facts.record.provenance.versions.get("mxq", "a version that is not known")
+    return f"""{_INSTALLING.format(version=version)}
 
-folder = "."  # or this model's name on the hub
-model = {auto}.from_pretrained(folder)
-tokenizer = AutoTokenizer.from_pretrained(folder)
-```"""
+```python
+{example.format(auto=auto)}```"""
 
 
 def _measured(facts: Facts) -> str:
-    tokens = f"{facts.written.heldout_tokens:,}"
-    return (
-        f"On {tokens} held-out tokens of the calibration text.\n\n"
-        f"{table(COMPARISON_HEADS, comparison(facts))}\n\n{plain(legend(facts))}"
-    )
+    return f"{measured_on(facts.written.heldout_tokens)}.\n\n{plans_table(facts)}"
 
 
 def _schemes(facts: Facts) -> str:

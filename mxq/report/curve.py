@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from mxq.artifacts import Allocation, SensitivityTable
+from mxq.counted import counted
 from mxq.for_engine import Ties, best_inside, inside
 from mxq.report.facts import Facts
 from mxq.search.allocate import allocate, uniform_plans
@@ -64,7 +65,8 @@ def loss_curve(facts: Facts, *, seconds: float = 20.0) -> Curve | None:
         return within(whole, ()) if inner is None else best_inside(inner, within)
 
     solved = list(_neighbours(solve, facts.plan.bits_per_weight, seconds))
-    spoken = f"Solved again for the least loss at {len(solved)} other budgets, by {granularity}"
+    others = counted(len(solved), "other budget")
+    spoken = f"Solved again for the least loss at {others}, by {granularity}"
     spoken += ", gate and up tied" if is_tied else ""
     spoken += "" if inner is None else f", inside the rules of {inner.rules.title}"
     if asked is not None and (asked.floor_bits is not None or asked.max_latency_us is not None):

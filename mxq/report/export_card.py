@@ -7,12 +7,13 @@ same weights, but nobody has run it.
 from collections.abc import Sequence
 
 from mxq.checkpoint.export.record import ExportRecord
+from mxq.counted import counted
 from mxq.engines import Finding, Verdict
-from mxq.report.card import hub_fields
+from mxq.report.card import hub_fields, plans_table
 from mxq.report.facts import Facts
 from mxq.report.markdown import fenced, front_matter, listed, plain, table
 from mxq.report.origin import UNTOLD, Origin, command
-from mxq.report.words import COMPARISON_HEADS, byte_count, comparison, legend, provenance
+from mxq.report.words import byte_count, provenance
 
 PLAIN = "dequantized"
 """The format that every tool reads."""
@@ -141,18 +142,17 @@ tokenizer = AutoTokenizer.from_pretrained(folder)"""
 
 
 def _measured(record: ExportRecord, facts: Facts) -> str:
-    tokens = f"{facts.written.heldout_tokens:,}"
     text = (
-        f"On the checkpoint of mxq, before the export, with {tokens} held-out tokens of the "
-        f"calibration text; nothing was measured on this folder. {_SAME[record.to]}"
+        "On the checkpoint of mxq, before the export, with "
+        f"{counted(facts.written.heldout_tokens, 'held-out token')} of the calibration text; "
+        f"nothing was measured on this folder. {_SAME[record.to]}"
     )
     if record.rounds_inputs:
         text += (
             " The numbers include that mxq rounds the inputs of some weights. Here that is done in "
             "another way or not at all, so they are not those of this folder."
         )
-    rows = table(COMPARISON_HEADS, comparison(facts))
-    return f"{text} Sizes are those of the checkpoint.\n\n{rows}\n\n{plain(legend(facts))}"
+    return f"{text} Sizes are those of the checkpoint.\n\n{plans_table(facts)}"
 
 
 def _made(record: ExportRecord, origin: Origin | None, facts: Facts | None) -> str:

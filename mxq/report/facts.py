@@ -15,7 +15,8 @@ from mxq.checkpoint.pack import plan_digest
 from mxq.json_values import decode
 from mxq.models.files import read_json
 from mxq.profiling.activation import ActivationStats
-from mxq.publish import FINDINGS, ORIGIN, PLAN, RECORD, RunRecord
+from mxq.profiling.draw import has_tokenizer
+from mxq.publish import ORIGIN, PLAN, RECORD, RESULTS, RunRecord
 from mxq.report.origin import Origin
 from mxq.scheme import Scheme
 from mxq.search.allocate import check_solved_on
@@ -27,7 +28,7 @@ _OF_EXPERT = re.compile(r"(.+)\.(\d+)\.(gate|up|down)", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class PlanResult:
     """A plan that was packed and measured on held-out text."""
 
     written: bool
@@ -82,27 +83,29 @@ class Cell:
 class Facts:
     """What the page, the card and the terminal show.
 
-    ``findings`` are by plan name, the written one among them. ``origin`` is None for a checkpoint
+    ``results`` are by plan name, the written one among them. ``origin`` is None for a checkpoint
     of an mxq that did not record it; ``table`` and ``profile`` are None without the work folder,
     ``layers`` where single layers were not measured for this plan. ``notes`` say what is missing.
+    ``has_tokenizer`` says whether the folder has one.
     """
 
     folder: Path
     plan: Allocation
     record: RunRecord
-    findings: Mapping[str, Finding]
+    results: Mapping[str, PlanResult]
     cells: tuple[Cell, ...]
     model_type: str
     origin: Origin | None
     table: SensitivityTable | None
     profile: ActivationStats | None
     layers: MeasuredLayers | None
+    has_tokenizer: bool
     notes: tuple[str, ...]
 
     @property
-    def written(self) -> Finding:
+    def written(self) -> PlanResult:
         """What was measured of the checkpoint."""
-        return self.findings[self.record.written]
+        return self.results[self.record.written]
 
     @property
     def name(self) -> str:
@@ -148,13 +151,14 @@ def gather(
         folder=folder,
         plan=plan,
         record=record,
-        findings=_findings(folder / FINDINGS, record),
+        results=_results(folder / RESULTS, record),
         cells=make_cells(plan, table),
         model_type=str(read_json(folder / "config.json").get("model_type")),
         origin=_origin(folder, notes),
         table=table,
         profile=profile,
         layers=layers,
+        has_tokenizer=has_tokenizer(folder),
         notes=tuple(notes),
     )
 
@@ -192,8 +196,8 @@ def _layers_of(space: Workspace, plan: Allocation) -> MeasuredLayers | None:
     return found if found.plan == plan_digest(plan) else None
 
 
-def _findings(path: Path, record: RunRecord) -> dict[str, Finding]:
-    found = {name: decode(Finding, value) for name, value in read_json(path).items()}
+def _results(path: Path, record: RunRecord) -> dict[str, PlanResult]:
+    found = {name: decode(PlanResult, value) for name, value in read_json(path).items()}
     if found.keys() != record.packs.keys() or record.written not in found:
         raise ValueError(
             f"{path} tells of the plans {', '.join(found) or 'none'}, the run of "

@@ -9,7 +9,7 @@ from mxq.artifacts import MeasuredLayers
 from mxq.report import palette
 from mxq.report.curve import Curve, Point
 from mxq.report.facts import Facts
-from mxq.report.figure_parts import base, by_layer, log_range, stack
+from mxq.report.figure_parts import base, by_layer, log_axis, log_range, stack
 from mxq.report.times import Times
 
 MOST_NAMED = 40
@@ -36,8 +36,8 @@ def loss_against_bytes(curve: Curve) -> go.Figure:
     base(figure, 420)
     losses = [point.loss for point in (*line, *curve.uniform) if point.loss > 0]
     figure.update_xaxes(title_text="MB of the quantized blocks")
-    figure.update_yaxes(title_text=f"predicted loss, {escape(curve.unit)}", type="log")
-    return figure.update_yaxes(range=log_range(losses), exponentformat="power", dtick=1)
+    figure.update_yaxes(title_text=f"predicted loss, {escape(curve.unit)}")
+    return figure.update_yaxes(log_axis(log_range(losses)))
 
 
 def loss_by_layer(facts: Facts) -> go.Figure | None:
@@ -91,10 +91,10 @@ def predicted_against_measured(facts: Facts) -> go.Figure | None:
     dashes = {"color": palette.NEIGHBOUR, "dash": "dash", "width": 1}
     equal = go.Scatter(x=diagonal, y=diagonal, mode="lines", line=dashes, hoverinfo="skip")
     figure = base(go.Figure([equal, layers]), 420)
-    figure.update_xaxes(title_text=f"predicted, {escape(facts.table.unit)}")
+    figure.update_xaxes(title_text=f"predicted, {escape(facts.table.unit)}", tickangle=0)
     figure.update_yaxes(title_text="measured KL, nats per token")
     for update in (figure.update_xaxes, figure.update_yaxes):
-        update(type="log", range=ends, exponentformat="power", dtick=1, constrain="domain")
+        update(constrain="domain", **log_axis(ends))
     figure.update_yaxes(scaleanchor="x")  # the diagonal is one
     return figure.update_layout(showlegend=False)
 

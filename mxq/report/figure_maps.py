@@ -9,6 +9,7 @@ from html import escape
 
 import plotly.graph_objects as go
 
+from mxq.counted import counted
 from mxq.profiling.activation import ActivationStats, SiteStats
 from mxq.report import palette
 from mxq.report.facts import Cell, Facts
@@ -97,7 +98,7 @@ def _bits(
 def _cell_told(cell: Cell) -> str:
     lines = [f"<b>{escape(cell.name)}</b>", f"{cell.scheme}, {cell.bits:.2f} bits per weight"]
     if cell.tokens is not None:
-        lines.append(f"{cell.tokens:,} calibration tokens")
+        lines.append(counted(cell.tokens, "calibration token"))
     if cell.loss is not None:
         lines.append(f"predicted loss {cell.loss:.3g}")
     return "<br>".join(lines)
@@ -145,6 +146,6 @@ def _use_told(site: SiteStats, domain: int, expert: int, share: float | None) ->
     tokens, mass = site.tokens[expert][domain], site.gate_mass[expert][domain]
     weight = f", mean routing weight {mass / tokens:.2f}" if tokens else ""
     return (
-        f"<b>{escape(site.site)}.{expert}</b><br>{tokens:,} tokens, {share:.2f} of a fair share"
-        f"{weight}"
+        f"<b>{escape(site.site)}.{expert}</b><br>{counted(tokens, 'profiled token')}, "
+        f"{share:.2f} of a fair share{weight}"
     )

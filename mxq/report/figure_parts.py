@@ -22,6 +22,24 @@ WORDY = 12
 
 TITLE_PX, AXIS_PX, BAR_PX = 34, 54, 30
 
+NARROWEST_PX = 640
+"""Width that a figure has at least, on paper and on a phone, where it scrolls."""
+
+SIDE_PX, DIGIT_PX = 80, 9
+"""What is beside the panels, and a digit of a label with its part of the gap."""
+
+LOG_STEPS = (
+    (1,),
+    (1, 3),
+    (1, 2, 5),
+    (1, 1.5, 2, 3, 4, 5, 7),
+    (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8),
+    (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9),
+)
+"""Ticks of a decade, few to many."""
+
+LEAST_TICKS = 4
+
 Item = TypeVar("Item")
 
 
@@ -81,7 +99,8 @@ def panels(titles: Sequence[str], columns: int, rows: int) -> go.Figure:
     base(figure, height)
     figure.update_layout(margin_t=TITLE_PX + BAR_PX)
     figure.update_annotations(font={"size": 13, "color": palette.INK})
-    figure.update_xaxes(showgrid=False, zeroline=False, dtick=step(columns))
+    wide_px = (NARROWEST_PX - SIDE_PX) / beside
+    figure.update_xaxes(showgrid=False, zeroline=False, dtick=step(columns, wide_px), tickangle=0)
     figure.update_yaxes(showgrid=False, zeroline=False, autorange="reversed")
     for number in range(len(titles) - beside, len(titles)):  # nothing is below these
         figure.update_xaxes(showticklabels=True, row=number // beside + 1, col=number % beside + 1)
@@ -132,14 +151,15 @@ def colour_axis(
         "colorbar": {
             "orientation": "h",
             "yref": "container",
-            "x": 1,
-            "xanchor": "right",
+            "xref": "container",
+            "x": 0,
+            "xanchor": "left",
             "y": 1,
             "yanchor": "top",
             "len": 300,
             "lenmode": "pixels",
             "ypad": 0,
-            "xpad": 0,
+            "xpad": 12,
             "tickvals": list(ticks),
             "ticktext": list(ticks.values()),
             "tickfont": {"color": palette.MUTED, "size": 11},
@@ -185,17 +205,44 @@ def by_layer(figure: go.Figure, layers: Sequence[int], height: int = 360) -> go.
     base(figure, height)
     figure.update_layout(barmode="stack", bargap=max(0.1, 0.7 - 0.04 * len(layers)))
     figure.update_layout(legend_traceorder="normal")
-    figure.update_xaxes(title_text="layer", dtick=step(len(layers)), showgrid=False)
+    distance = step(1 + max(layers), NARROWEST_PX - SIDE_PX)
+    figure.update_xaxes(title_text="layer", dtick=distance, tickangle=0, showgrid=False)
     figure.update_xaxes(range=[min(layers) - 0.6, max(layers) + 0.6])
     return figure
 
 
-def step(count: int) -> int:
-    """Distance of ticks so that about twelve of that many places have one."""
-    for candidate in (1, 2, 4, 8, 16, 32, 64, 128):
-        if count <= 16 * candidate:
-            return candidate
-    return 256
+def step(count: int, wide_px: float) -> int:
+    """Distance of ticks so that the numbers 0 to ``count - 1`` have room on that many pixels."""
+    label_px = DIGIT_PX * (1 + len(str(count - 1)))
+    distance = 1
+    while count / distance * label_px > wide_px:
+        distance *= 2
+    return distance
+
+
+def log_axis(ends: Sequence[float]) -> dict[str, Any]:
+    """A logarithmic axis between those powers of ten, with ticks enough to read values."""
+    decades = range(math.floor(ends[0]), math.ceil(ends[1]) + 1)
+    values: list[float] = []
+    for steps in LOG_STEPS:
+        values = [part * 10.0**decade for decade in decades for part in steps]
+        values = [value for value in values if ends[0] <= math.log10(value) <= ends[1]]
+        if len(values) >= LEAST_TICKS:
+            break
+    return {
+        "type": "log",
+        "range": list(ends),
+        "tickvals": values,
+        "ticktext": [_scientific(value) for value in values],
+    }
+
+
+def _scientific(value: float) -> str:
+    """A tick as ``2e-5``, or plain where that is short."""
+    if 0.01 <= value < 10_000:
+        return f"{value:.4g}"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
 
 
 def log_range(values: Sequence[float]) -> list[float]:

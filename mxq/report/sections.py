@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import plotly.graph_objects as go
 
+from mxq.counted import counted
+from mxq.report.comparison import HEADS, comparison, legend
 from mxq.report.curve import Curve
 from mxq.report.facts import Facts
 from mxq.report.figure_losses import (
@@ -20,10 +22,8 @@ from mxq.report.figure_maps import bits_of_experts, bits_of_linears, use_of_expe
 from mxq.report.origin import UNTOLD, command
 from mxq.report.times import Times
 from mxq.report.words import (
-    COMPARISON_HEADS,
-    comparison,
     coverage,
-    legend,
+    measured_on,
     provenance,
     scheme_uses,
 )
@@ -56,7 +56,7 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A part of the page; ``short`` is its name in the navigation."""
+    """A part of the page; ``short`` is its name in the navigation, ``terms`` explain its tables."""
 
     key: str
     short: str
@@ -66,7 +66,7 @@ class Section:
     tables: tuple[Grid, ...] = ()
     lines: tuple[str, ...] = ()
     code: str = ""
-    footnote: str = ""
+    terms: tuple[tuple[str, str], ...] = ()
 
 
 def make_sections(facts: Facts, curve: Curve | None, times: Times | str) -> tuple[Section, ...]:
@@ -84,9 +84,10 @@ def make_sections(facts: Facts, curve: Curve | None, times: Times | str) -> tupl
 
 
 def _measured(facts: Facts) -> Section:
-    words = f"Each plan that was packed, on {facts.written.heldout_tokens:,} held-out tokens."
-    grid, title = Grid(COMPARISON_HEADS, comparison(facts)), "Measured beside the original"
-    return Section("measured", "Measured", title, (words,), tables=(grid,), footnote=legend(facts))
+    words = f"{measured_on(facts.written.heldout_tokens)}."
+    grid, title = Grid(HEADS, comparison(facts)), "Measured beside the original"
+    terms = legend(facts.plan.unit)
+    return Section("measured", "Measured", title, (words,), tables=(grid,), terms=terms)
 
 
 def _bits(facts: Facts) -> Section:
@@ -138,7 +139,8 @@ def _layers(facts: Facts) -> Section:
     else:
         words.append(
             f"Measured is the KL of the original with that one layer quantized, on "
-            f"{facts.layers.tokens:,} held-out tokens; on the diagonal the prediction is exact."
+            f"{counted(facts.layers.tokens, 'held-out token')}; on the diagonal the prediction is "
+            "exact."
         )
     found = [
         ("layers-plot", "", loss_by_layer(facts)),
@@ -155,8 +157,9 @@ def _experts(facts: Facts) -> Section:
     if figure is None:
         return Section("experts", "Experts", title, ("This model has no routed experts.",))
     words = (
-        f"Tokens that the routers sent to each expert, by domain of the "
-        f"{facts.profile.total_tokens:,} calibration tokens."
+        "Tokens that the routers sent to each expert, of "
+        f"{counted(facts.profile.total_tokens, 'profiled token')} (the fitting and the spare "
+        "ones), by domain of the text."
     )
     return Section(
         "experts",
@@ -177,9 +180,9 @@ def _times(times: Times | str) -> Section:
         else (f" Launch by launch, each until its last tile ends: {times.by_launch_us:.1f} us.")
     )
     words = (
-        f"{times.total_us:.1f} us for the blocks in a step of {times.tokens:,} tokens, by the cost "
-        f"model ({times.source}).{by_launch} Routing, rounding of inputs, rotation and activation "
-        "functions are not counted."
+        f"{times.total_us:.1f} us for the blocks in a step of {counted(times.tokens, 'token')}, by "
+        f"the cost model ({times.source}).{by_launch} Routing, rounding of inputs, rotation and "
+        "activation functions are not counted."
     )
     plot = Plot("time-plot", "", time_by_layer(times))
     return Section("time", "Time", title, (words,), (plot,), lines=times.notes)

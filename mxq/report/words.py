@@ -1,4 +1,4 @@
-"""The numbers of a checkpoint in words: headline, comparison, schemes, warnings, provenance.
+"""The numbers of a checkpoint in words: headlines, schemes, warnings, coverage, provenance.
 
 Plain text without markup, the same for the page, the card and the terminal.
 """
@@ -8,10 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mxq.artifacts import Allocation
+from mxq.counted import counted
 from mxq.heldout import FEW_TOKENS
 from mxq.profiling.activation import ActivationStats
-from mxq.report.facts import Facts, Finding
+from mxq.report.facts import Facts, PlanResult
 from mxq.scheme import Scheme
+
+UNASKED: tuple[object, ...] = (None, [], ())
+"""Values of options that nobody asked for."""
 
 LOWEST_KL = 5e-6
 """A KL below this is shown as 0 with five decimals, so it is written with a power of ten."""
@@ -33,45 +37,21 @@ def headlines(facts: Facts) -> tuple[Headline, ...]:
         Headline(
             "bits per weight",
             f"{plan.bits_per_weight:.3f}",
-            f"{plan.asked_bits:.3f} asked, over {plan.weights:,} weights",
+            f"{asked_bits(plan, ', ')}of {counted(plan.weights, 'weight')}",
         ),
         Headline("size of all tensors", byte_count(facts.tensor_bytes), _size_remark(facts)),
         Headline(
             "KL to the original, nats per token",
             kl_text(written.kl),
-            _beside(facts, lambda finding: kl_text(finding.kl)),
+            _beside(facts, lambda result: kl_text(result.kl)),
         ),
         Headline(
             "perplexity",
             f"{written.perplexity:.4g}",
             f"original {written.original_perplexity:.4g}; "
-            + _beside(facts, lambda finding: f"{finding.perplexity:.4g}"),
+            + _beside(facts, lambda result: f"{result.perplexity:.4g}"),
         ),
     )
-
-
-def comparison(facts: Facts) -> tuple[tuple[str, ...], ...]:
-    """Each measured plan: name, bits asked, bits, size, predicted, KL, perplexity, top-1."""
-    first = facts.written
-    perplexity = f"{first.original_perplexity:.4f}"
-    rows = [("original", "", "", _original_size(facts), "", "", perplexity, "")]
-    for name, finding in facts.findings.items():
-        rows.append(
-            (
-                plan_name(finding) + (" *" if finding.written else ""),
-                f"{finding.bits_asked:.3f}",
-                f"{finding.bits_per_weight:.3f}",
-                byte_count(facts.record.packs[name].tensor_bytes),
-                f"{finding.predicted_loss:.4g}",
-                kl_text(finding.kl),
-                f"{finding.perplexity:.4f}",
-                f"{finding.top1_agreement:.2%}",
-            )
-        )
-    return tuple(rows)
-
-
-COMPARISON_HEADS = ("", "bits asked", "bits", "size", "predicted", "KL", "perplexity", "top-1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +82,7 @@ def warnings(facts: Facts) -> tuple[str, ...]:
     found = [*few_tokens(facts.written.heldout_tokens)]
     if facts.record.written == "uniform":
         found.append("The uniform plan measured better on held-out text and is what was written.")
-    if len(facts.findings) == 1 and not facts.plan.description.startswith("uniform"):
+    if len(facts.results) == 1 and not is_uniform(facts.plan.description):
         found.append("No uniform plan was packed beside this one, so none is compared with.")
     if not facts.plan.proven:
         found.append(
@@ -128,13 +108,18 @@ def engine_line(plan: Allocation) -> str | None:
     )
 
 
+def measured_on(tokens: int) -> str:
+    """What a table of plans shows, as its title."""
+    return f"Each plan that was packed, on {counted(tokens, 'held-out token')}"
+
+
 def few_tokens(tokens: int) -> list[str]:
     """A warning where losses were measured on little text."""
     if tokens >= FEW_TOKENS:
         return []
     return [
-        f"{tokens:,} held-out tokens are few: differences between the plans may be chance. More "
-        "--samples or a longer --seqlen help."
+        f"Measured on {counted(tokens, 'held-out token')} only: differences between the plans may "
+        "be chance. More --samples or a longer --seqlen help."
     ]
 
 
@@ -143,9 +128,9 @@ def cold_experts(profile: ActivationStats) -> list[str]:
     if not profile.cold:
         return []
     return [
-        f"{_experts(len(profile.cold))} got fewer than {profile.floor} calibration tokens (e.g. "
-        f"{profile.cold[0]}); they lean on their layer's mean inputs. More or more varied "
-        "calibration text helps."
+        f"{counted(len(profile.cold), 'expert')} got fewer than "
+        f"{counted(profile.floor, 'fitting token')} (e.g. {profile.cold[0]}) and lean on their "
+        "layer's mean inputs. More or more varied calibration text helps."
     ]
 
 
@@ -154,8 +139,8 @@ def unrouted_experts(unrouted: Sequence[str]) -> list[str]:
     if not unrouted:
         return []
     return [
-        f"{_experts(len(unrouted))} got no token at all (e.g. {unrouted[0]}): gate and up were "
-        "fitted to the layer's mean inputs, down was rounded to nearest."
+        f"{counted(len(unrouted), 'expert')} got no token at all (e.g. {unrouted[0]}): "
+        "gate and up were fitted to the layer's mean inputs, down was rounded to nearest."
     ]
 
 
@@ -166,8 +151,9 @@ def coverage(facts: Facts) -> tuple[str, ...]:
         (cell.layer, cell.site, cell.expert) for cell in facts.cells if cell.expert is not None
     }
     lines = [
-        f"{len(facts.cells):,} linear blocks of {len(facts.layer_numbers)} layers are quantized"
-        + (f", those of {len(experts):,} experts among them." if experts else "."),
+        f"Quantized: {counted(len(facts.cells), 'linear block')} in "
+        f"{counted(len(facts.layer_numbers), 'layer')}"
+        + (f", those of {counted(len(experts), 'expert')} among them." if experts else "."),
         "Blocks by quantizer: "
         + ", ".join(f"{name} {count:,}" for name, count in pack.quantizers.items())
         + ".",
@@ -178,55 +164,69 @@ def coverage(facts: Facts) -> tuple[str, ...]:
         lines.append(f"Layers with rotated inputs: {rotated}.")
     if facts.profile is not None and facts.profile.topped_up:
         lines.append(
-            f"{len(facts.profile.topped_up):,} experts were topped up with "
-            f"{facts.profile.added_samples} spare calibration samples."
+            f"Topped up: {counted(len(facts.profile.topped_up), 'expert')}, with "
+            f"{counted(facts.profile.added_samples, 'spare sample')} of calibration text."
         )
     if facts.origin is not None:
         lines += [
-            f"Kept in their type: {count:,} tensors, {why}."
+            f"Kept in their type: {counted(count, 'tensor')}, {why}."
             for why, count in sorted(facts.origin.kept.items())
         ]
     return tuple(lines)
 
 
 def provenance(facts: Facts) -> tuple[tuple[str, str], ...]:
-    """Name and value of all that the checkpoint was made from."""
-    made_from, rows = facts.record.provenance, []
+    """Name and value of all that the checkpoint was made from; nothing of what was not asked."""
+    made_from = facts.record.provenance
+    rows: list[tuple[str, object]] = []
     if facts.origin is not None:
         text = facts.origin.calibration
         rows += [
             ("model", facts.origin.model.model),
-            ("revision", facts.origin.model.revision or "not named"),
+            ("revision", facts.origin.model.revision),
             (
                 "calibration text",
-                f"{text.spec}, {text.samples} samples of {text.seqlen} tokens, seed {text.seed}",
+                f"{text.spec}, {counted(text.samples, 'sample')} of "
+                f"{counted(text.seqlen, 'token')}, seed {text.seed}",
             ),
         ]
     rows += [
+        ("calibration tokens", _token_counts(facts)),
         ("plan", facts.plan.description),
         ("model digest", made_from.model_digest),
         ("digest of the calibration tokens", made_from.calibration_digest),
     ]
-    shown = {name: value for name, value in made_from.settings.items() if name != "plans"}
-    rows += [(name, _spoken(value)) for name, value in shown.items()]
+    settings = {name: value for name, value in made_from.settings.items() if name != "plans"}
+    asked = None if facts.origin is None else facts.origin.allocate
+    if asked is not None and asked.plan is not None:
+        settings.pop("bits", None)  # of a forced plan nobody asked for bits
+    rows += [(name.replace("_", " "), value) for name, value in settings.items()]
     rows.append(("versions", ", ".join(f"{k} {v}" for k, v in made_from.versions.items())))
-    return tuple(rows)
+    return tuple((name, _spoken(value)) for name, value in rows if value not in UNASKED)
 
 
-def plan_name(finding: Finding) -> str:
+def _token_counts(facts: Facts) -> str | None:
+    """How many tokens losses and use of experts are of; None where the work folder is gone."""
+    if facts.table is None:
+        return None
+    counts = f"{facts.table.calibration_tokens:,}, the held-out ones among them"
+    return counts if facts.profile is None else f"{counts}; {facts.profile.total_tokens:,} profiled"
+
+
+def asked_bits(plan: Allocation, end: str) -> str:
+    """The budget and ``end``, or nothing for a uniform plan: nobody asks for its bits."""
+    return "" if is_uniform(plan.description) else f"{plan.asked_bits:.3f} asked{end}"
+
+
+def is_uniform(description: str) -> bool:
+    """Whether a plan of that description has one scheme for all blocks."""
+    return description.startswith("uniform ")
+
+
+def plan_name(description: str) -> str:
     """A uniform plan by its scheme, another one as the mixed plan."""
-    is_uniform = finding.description.startswith("uniform ")
-    return finding.description if is_uniform else "mixed plan"
-
-
-def legend(facts: Facts) -> str:
-    """What the columns of the comparison mean."""
-    return (
-        f"* written. Predicted: sum over all blocks, in {facts.plan.unit}. KL: KL(original || "
-        "checkpoint) in nats per token. Top-1: positions with the same likeliest token. No "
-        "quantizer was fitted to these tokens, but sensitivities, quantizers and plans were chosen "
-        "by them too, so the numbers flatter a little; eval/perplexity.py on other text does not."
-    )
+    # What follows a comma is about the rules of an engine, which the plans of a table share.
+    return description.partition(",")[0] if is_uniform(description) else "mixed plan"
 
 
 def byte_count(count: float) -> str:
@@ -243,10 +243,6 @@ def kl_text(kl: float) -> str:
     return f"{kl:.1e}" if 0 < abs(kl) < LOWEST_KL else f"{kl:.5f}"
 
 
-def _experts(count: int) -> str:
-    return "1 expert" if count == 1 else f"{count:,} experts"
-
-
 def _size_remark(facts: Facts) -> str:
     if facts.origin is None:
         return "size of the original not known"
@@ -255,19 +251,13 @@ def _size_remark(facts: Facts) -> str:
     return f"the original is {ratio:.2f} times as large, {original}"
 
 
-def _original_size(facts: Facts) -> str:
-    return "" if facts.origin is None else byte_count(facts.origin.original_bytes)
-
-
-def _beside(facts: Facts, show: Callable[[Finding], str]) -> str:
-    others = [finding for finding in facts.findings.values() if not finding.written]
+def _beside(facts: Facts, show: Callable[[PlanResult], str]) -> str:
+    others = [result for result in facts.results.values() if not result.written]
     if not others:
         return "no other plan measured"
-    bits = f"{others[0].bits_per_weight:.2f} bits"
-    return f"{plan_name(others[0])} of {bits}: {show(others[0])}"
+    name, bits = plan_name(others[0].description), f"{others[0].bits_per_weight:.2f} bits"
+    return f"{name}, {bits}: {show(others[0])}"
 
 
 def _spoken(value: object) -> str:
-    if isinstance(value, list | tuple):
-        return ", ".join(map(str, value)) or "none"
-    return "none" if value is None else str(value)
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

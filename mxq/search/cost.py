@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from mxq.artifacts import BlockInfo
+from mxq.counted import counted
 from mxq.scheme import Scheme
 from mxq.search.device import Device
 from mxq.search.kernel_cost import KernelModel
@@ -127,7 +128,8 @@ def _check_tokens(blocks: Sequence[BlockInfo], tokens: float, calibration_tokens
     for block in blocks:
         if block.expert is not None and block.tokens > calibration_tokens:
             raise ValueError(
-                f"{block.name} got {block.tokens} of {calibration_tokens} calibration tokens"
+                f"{block.name} got {block.tokens} of "
+                f"{counted(calibration_tokens, 'calibration token')}"
             )
 
 

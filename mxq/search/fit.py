@@ -17,6 +17,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from mxq.artifacts import KernelCase, KernelTiming
+from mxq.counted import counted
 from mxq.kernels.spec import TILE_PLANS, UNIT, TilePlan, format_of
 from mxq.search.device import Device
 from mxq.search.figures import BranchFigures
@@ -59,7 +60,9 @@ def plan_of_tile(tile: int) -> TilePlan:
     for plan in TILE_PLANS:
         if plan.tokens == tile:
             return plan
-    raise ValueError(f"no tile plan has tiles of {tile} tokens; was the profile made by this mxq?")
+    raise ValueError(
+        f"no tile plan has tiles of {counted(tile, 'token')}; was the profile made by this mxq?"
+    )
 
 
 def fit_launch(timings: Sequence[KernelTiming], device: Device) -> float:
@@ -81,7 +84,9 @@ def fit_branch(
     """
     name = branch_of(timings[0].case)
     if len(timings) < LEAST_TIMINGS:
-        raise ValueError(f"{len(timings)} timings of {name}; a fit needs {LEAST_TIMINGS}")
+        raise ValueError(
+            f"{counted(len(timings), 'timing')} of {name}; a fit needs {LEAST_TIMINGS}"
+        )
     constants = _fit(timings, device, figures, launch_us)
     predicted = []
     for place, timing in enumerate(timings):

@@ -75,7 +75,8 @@ def price(table: SensitivityTable, cost_model: LatencyModel | None, tokens: floa
             tokens=tokens,
             calibration_tokens=table.calibration_tokens,
         )
-        source = f"{cost_model.describe()}, {tokens:g} tokens in a step"
+        routed = "1 token" if tokens == 1 else f"{tokens:g} tokens"
+        source = f"{cost_model.describe()}, {routed} in a step"
     return Priced(
         table,
         np.array(table.loss, dtype=np.float64),

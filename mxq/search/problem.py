@@ -12,6 +12,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from mxq.counted import counted
+
 Matrix = NDArray[np.float64]
 Choice = NDArray[np.intp]
 
@@ -61,7 +63,8 @@ class Floor:
         if members.ndim != 1 or len(np.unique(members)) != len(self.cost):
             raise ValueError(
                 f"floor {self.name!r} has members of shape {members.shape} and "
-                f"{len(self.cost)} rows of cost; give each member once and one row for each"
+                f"{counted(len(self.cost), 'row')} of cost; give each member once and one row for "
+                "each"
             )
         if np.isnan(self.minimum):
             raise ValueError(f"floor {self.name!r} has minimum nan; give a number")
@@ -170,15 +173,19 @@ def tie(
         ValueError: If the blocks of a group have no scheme in common.
     """
     if len(groups) != len(problem.loss):
-        raise ValueError(f"{len(groups)} group labels for {len(problem.loss)} blocks")
+        raise ValueError(
+            f"{counted(len(groups), 'group label')} for {counted(len(problem.loss), 'block')}"
+        )
     numbers: dict[Hashable, int] = {}
     of_block = np.array([numbers.setdefault(label, len(numbers)) for label in groups])
     loss = _summed(problem.loss, of_block, len(numbers))
     for label, number in numbers.items():
         if not np.isfinite(loss[number]).any():
+            members = int((of_block == number).sum())
+            have = "has" if members == 1 else "have"
             raise ValueError(
-                f"the {int((of_block == number).sum())} blocks of group {label!r} have no scheme "
-                "in common; use a finer granularity or offer a scheme that fits them all"
+                f"{counted(members, 'block')} of group {label!r} {have} no scheme in common; use a "
+                "finer granularity or offer a scheme that fits them all"
             )
     budgets = tuple(
         Budget(budget.name, _summed(budget.cost, of_block, len(numbers)), budget.limit)
@@ -232,7 +239,7 @@ def _check_loss(loss: Matrix) -> None:
     without = np.flatnonzero(~np.isfinite(loss).any(axis=1))
     if without.size:
         raise ValueError(
-            f"{without.size} blocks have no available scheme, first block {without[0]}"
+            f"no scheme is available for {counted(without.size, 'block')}, first block {without[0]}"
         )
 
 
@@ -255,7 +262,7 @@ def _check_floor(problem: AllocationProblem, floor: Floor) -> None:
     if floor.cost.shape[1] != schemes or not set(floor.members.tolist()) <= set(range(blocks)):
         raise ValueError(
             f"floor {floor.name!r} has members or schemes that the problem lacks: "
-            f"{blocks} blocks x {schemes} schemes"
+            f"{counted(blocks, 'block')} x {counted(schemes, 'scheme')}"
         )
     available = np.isfinite(problem.loss[floor.members])
     dearest = float(np.where(available, floor.cost, -np.inf).max(axis=1, initial=-np.inf).sum())

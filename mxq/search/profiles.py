@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from mxq.artifacts import KernelTiming
+from mxq.counted import counted
 from mxq.search.device import Device
 from mxq.search.figures import BranchFigures, CompiledFigures
 from mxq.search.kernel_cost import BranchConstants, KernelModel
@@ -32,7 +33,8 @@ class BranchProfile:
         """Raise ValueError unless each timing has a prediction above 0."""
         if not self.timings or len(self.timings) != len(self.predicted_us):
             raise ValueError(
-                f"{len(self.predicted_us)} predictions for {len(self.timings)} timings of a branch"
+                f"{counted(len(self.predicted_us), 'prediction')} for "
+                f"{counted(len(self.timings), 'timing')} of a branch"
             )
         if not all(0 < value < 1e9 for value in self.predicted_us):
             raise ValueError("a predicted time of a branch is not a time")
@@ -82,7 +84,8 @@ class DeviceProfile:
         """Where the numbers come from, for a report."""
         return (
             f"measured on {self.gpu} on {self.date} with Triton {self.versions['triton']}, "
-            f"{len(self.branches)} branches, model error median {100 * self.error:.1f} %"
+            f"{counted(len(self.branches), 'branch', 'branches')}, model error median "
+            f"{100 * self.error:.1f} %"
         )
 
     def kernel_model(self, figures: CompiledFigures | None) -> KernelModel:

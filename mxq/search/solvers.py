@@ -5,6 +5,7 @@ from functools import partial
 
 import numpy as np
 
+from mxq.counted import counted
 from mxq.search.problem import AllocationProblem, Solution, Solver, relative_gap
 from mxq.search.solver_lagrangian import solve_lagrangian
 
@@ -49,7 +50,7 @@ def _solve_checked(
     if not is_choice or choice.min() < 0 or choice.max() >= schemes:
         raise ValueError(
             f"the solver's choice is {choice.dtype} of shape {choice.shape}; expected a scheme "
-            f"number from 0 to {schemes - 1} for each of {blocks} blocks"
+            f"number from 0 to {schemes - 1} for each of {counted(blocks, 'block')}"
         )
     if not problem.is_feasible(choice):
         raise ValueError("the solver's plan takes a scheme that is not available or breaks a limit")

@@ -151,7 +151,7 @@ def test_a_weight_of_another_size_than_announced_is_refused():
 
 @pytest.mark.parametrize(
     ("given_problems", "message"),
-    [(1, "1 problems were given for 2 sizes"), (3, "more problems were given than the 2 sizes")],
+    [(1, "got 1 problem for 2 sizes"), (3, "more problems were given than the 2 sizes")],
 )
 def test_another_number_of_weights_than_announced_is_refused(given_problems, message):
     problems = [Problem(weight("bf16"), expert=e) for e in range(given_problems)]

@@ -50,7 +50,7 @@ WEIGHTS: Mapping[str, Case] = {
         mistake=damage.tensor("model.layers.0.self_attn.q_proj.weight", lambda w: w[:, :-1]),
     ),
     "a weight that is absent": Case(
-        ("lacks 1 weights of its own architecture, first 'model.layers.1.self_attn.o_proj.weight",),
+        ("lacks 1 weight of its own architecture, first 'model.layers.1.self_attn.o_proj.weight",),
         mistake=damage.tensor("model.layers.1.self_attn.o_proj.weight", lambda w: None),
     ),
     "an expert that is absent": Case(
@@ -239,7 +239,7 @@ FOLDERS: Mapping[str, Case] = {
         mistake=damage.config(num_hidden_layers=3, layer_types=None),
     ),
     "a layer less than the files hold": Case(
-        ("the files hold layer 1 (model.layers.1.", "describes 1 layers; num_hidden_layers there"),
+        ("the files hold layer 1 (model.layers.1.", "describes 1 layer; num_hidden_layers there"),
         mistake=damage.config(num_hidden_layers=1, layer_types=None),
     ),
     "layers of more types than there are": Case(

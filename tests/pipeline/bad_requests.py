@@ -21,7 +21,7 @@ TEXTS: Mapping[str, Case] = {
         mistake=damage.replace("model/tokenizer.json", '"t": 83', '"t": 8300'),
     ),
     "a text of one token": Case(
-        ("has 1 tokens, but", "give more text, or lower samples or seqlen"),
+        ("has 1 token, but", "give more text, or lower samples or seqlen"),
         mistake=damage.write("text.txt", "x"),
     ),
     "an empty text": Case(

@@ -360,7 +360,7 @@ def test_a_folder_of_gptq_is_checked_by_its_own_rules(tmp_path):
     ("change", "found"),
     [
         ({"num_bits": 8}, "words in a row"),
-        ({"group_size": 64}, "scales for"),
+        ({"group_size": 64}, "1 scale for 128 inputs, expected 2"),
         ({"symmetric": False}, "no zero points"),
     ],
     ids=["bits", "groups", "zeros"],

@@ -98,10 +98,10 @@ def test_quantize_shows_the_plan_and_its_measured_loss(contracted):
     shown, output, _ = contracted
     for words in (
         "Bits per weight by layer and projection",
-        "Held-out text, 15 tokens",
+        "Each plan that was packed, on 15 held-out tokens",
         "Quantized 30 linear blocks; kept in their type:",
-        "4 parameters: router",
-        "8 parameters: outside the scope 'experts'",
+        "4 tensors: router",
+        "8 tensors: outside the scope 'experts'",
     ):
         assert words in shown
     assert shown.endswith(f"Written to {output}")
@@ -188,8 +188,8 @@ def test_profile_then_measure_then_inspect(model, text, tmp_path):
     work = tmp_path / "work"
     shown = succeeds("profile", *budget_free(model, text), "--work", work)
     # Six samples, one in four spare; the held-out one is not routed for statistics.
-    assert "Routed tokens of 112 calibration tokens" in shown
-    assert "still under 64 tokens" in shown
+    assert "Experts by the tokens routed to them, of 112 profiled tokens" in shown
+    assert "still under 64 fitting tokens" in shown
     assert "layers.1.experts" in shown
     shown = succeeds(
         "measure", *budget_free(model, text), "--work", work, "--schemes", MENU,
@@ -314,7 +314,7 @@ def test_a_stage_without_room_is_refused_before_it_begins(
     }[command]
     done = run(command, *line)
     assert done.exit_code == 1
-    assert "of memory and 0.0 GiB are free" in done.stderr
+    assert "of memory and 1.0 MiB are free" in done.stderr
     stages = {"pack": ("pack", "measured loss"), "measure": ("profile", "measure")}
     shown = [name for name in resources.STAGES if f" {name} " in done.stderr]
     assert shown == list(stages.get(command, ("profile",)))

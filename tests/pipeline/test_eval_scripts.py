@@ -141,7 +141,7 @@ def test_windows_and_batches_by_hand():
     ids_T = torch.arange(7)
     assert [b.tolist() for b in scoring.windows(ids_T, 2, 2)] == [[[0, 1], [2, 3]], [[4, 5]]]
     assert [b.tolist() for b in scoring.windows(ids_T, 5)] == [[[0, 1, 2, 3, 4]], [[5, 6]]]
-    with pytest.raises(ValueError, match="the text has 1 tokens; scoring needs at least 2"):
+    with pytest.raises(ValueError, match="the text has 1 token; scoring needs at least 2"):
         scoring.windows(ids_T[:1], 2)
 
 
@@ -155,7 +155,7 @@ def test_windows_and_batches_by_hand():
         ({"--window": "1"}, "window is 1; it takes 2 tokens to score one, so at least 2"),
         ({"--window": "513"}, "window 513 is longer than the 512 positions of the model"),
         ({"--batch": "0"}, "batch is 0; it must be at least 1"),
-        ({"--limit": "1"}, "limit is 1 tokens; scoring needs at least 2"),
+        ({"--limit": "1"}, "limit is 1 token; scoring needs at least 2"),
         ({"--reference": "/no/folder"}, "model folder /no/folder does not exist"),
         ({"--json": "/no/result.json"}, "/no/result.json needs the folder /no; make it first"),
     ],

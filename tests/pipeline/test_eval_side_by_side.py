@@ -13,6 +13,7 @@ from evaluating import TEXT, error_line, log_likelihood, run, save_model, script
 from tiny import save_tiny
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
+from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 import mxq
 from mxq.evaluation import harness, loading, plot, reference, tasks, texts
@@ -210,7 +211,7 @@ def test_models_that_cut_a_text_differently_are_refused(
     [
         ({"--text": "a={text},b"}, ",b is no NAME=PATH; write PATH for one text, or NAME=PATH,"),
         ({"--text": "a={text},a={text}"}, "names the domain 'a' twice; give each a name"),
-        ({"--text": "a={text},b={short}"}, "the text 'b' has 1 tokens; scoring needs at least 2"),
+        ({"--text": "a={text},b={short}"}, "the text 'b' has 1 token; scoring needs at least 2"),
         ({"--confidence": "95"}, "confidence is 95; it is a share from 0.5 to below 1"),
         ({"--baseline": "x"}, "baseline x is none of the models; choose "),
         ({"--reference": "/no/folder"}, "model folder /no/folder does not exist"),
@@ -384,19 +385,72 @@ def test_questions_are_paired_by_their_number_and_filter():
     assert harness._strata("acc,none", ["t"], {"t": [{"doc_id": 0, "filter": "none"}]}) is None
 
 
-def test_the_harness_is_told_batch_shots_and_limit(folders, monkeypatch):
+def test_the_harness_is_told_batch_shots_and_limit(folders, tmp_path, monkeypatch):
     import lm_eval
 
     told = {}
 
-    def simple_evaluate(*, model, **options):
-        told.update(options, batch=model.batch_size)
+    def evaluate(*, lm, **options):
+        told.update(options, batch=lm.batch_size)
         return {"results": {}}
 
-    monkeypatch.setattr(lm_eval, "simple_evaluate", simple_evaluate)
-    harness.ask(folders[0], None, harness.Request(("a",), 3, 7, None, "cpu"))
-    assert (told["batch"], told["num_fewshot"], told["limit"]) == ("auto", 3, 7)
-    assert told["tasks"] == ["a"]
+    monkeypatch.setattr(lm_eval, "evaluate", evaluate)
+    write_task(tmp_path, "mine", questions(5), examples=questions(4, offset=7), num_fewshot=1)
+    manager = harness.task_manager(["mine"], [str(tmp_path)])
+    for shots, expected in ((3, 3), (0, 0), (None, 1)):
+        harness.ask(folders[0], manager, harness.Request(("mine",), shots, 7, None, "cpu"))
+        assert (told["batch"], told["limit"]) == ("auto", 7)
+        ((name, task),) = told["task_dict"]["tasks"].items()
+        assert (name, task.get_config("num_fewshot")) == ("mine", expected)
+
+
+def test_answers_are_those_of_the_harness_own_command(folders, tmp_path, monkeypatch, capfd):
+    """The same random examples and numbers, without asking git where there is no repository."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    sampled = {"fewshot_config": {"sampler": "default"}}
+    write_task(tmp_path, "mine", questions(12), examples=questions(9, offset=7), **sampled)
+    manager = harness.task_manager(["mine"], [str(tmp_path)])
+    request = harness.Request(("mine",), 2, 10, 1, "cpu")
+    found = harness.ask(folders[0], manager, request)["mine"]
+    assert "fatal" not in capfd.readouterr().err
+    model, tokenizer = loading.load_model(folders[0], device="cpu"), FastTokenizer
+    expected = lm_eval.simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer.from_pretrained(folders[0])),
+        tasks=["mine"],
+        num_fewshot=2,
+        task_manager=manager,
+        limit=10,
+    )
+    assert "fatal: not a git repository" in capfd.readouterr().err  # it would have been seen
+    asked = sorted(expected["samples"]["mine"], key=lambda sample: sample["doc_id"])
+    assert found.n == len(asked) == 10
+    assert found.questions["acc"][0].sums_QU.tolist() == [[row["acc"] for row in asked]]
+    assert 0 < found.means["acc"][0] == expected["results"]["mine"]["acc,none"] < 1
+
+
+def test_titles_say_what_shots_and_limits_count(folders, tmp_path, capsys):
+    write_task(tmp_path, "mine", questions(12), examples=questions(4, offset=7))
+    arguments = ("--tasks", "mine", "--task-path", tmp_path, "--shots", 2, "--device", "cpu")
+    run(zero_shot, tmp_path, folders[0], *arguments, "--limit", 10)
+    title = "Tasks, the first 10 questions of each task, 2 examples before each question"
+    assert title in spoken(capsys)
+    (tmp_path / "text.txt").write_text(TEXT)
+    text = ("--text", tmp_path / "text.txt", "--window", 16, "--limit", 40)
+    run(compare, tmp_path, folders[0], *text, *arguments, "--task-limit", 10)
+    shown = spoken(capsys)
+    assert "text.txt: 37 tokens, at most 40 of each domain, in windows of 16" in shown
+    assert f"{title}: second lines" in shown
+    run(zero_shot, tmp_path, folders[0], *arguments[:4], "--device", "cpu")
+    assert " Tasks " in spoken(capsys)  # nothing to say of limits
+
+
+def spoken(capsys):
+    """What was printed, in one line."""
+    return f" {' '.join(capsys.readouterr().out.split())} "
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,14 @@ Skipped where playwright or Debian's chromium is not installed.
 """
 
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from threading import Event, Thread
 
 import pytest
 from exploring import random_table, save_work
 
+from mxq.engines import ENGINES
 from mxq.explore.question import Setting
 from mxq.explore.run import open_site
 from mxq.explore.server import LocalServer, Site
@@ -135,6 +137,41 @@ def test_rules_are_solved_and_compared_with_the_plan_without_them(chromium, site
         page.locator("#floor-bits").fill("3")
         shows(page, "#command", "--floor-bits 3")
         shows(page, "#uniform-about", "not compared under a floor")
+
+
+def test_engines_that_read_no_rotated_inputs_cannot_be_chosen_and_the_page_says_why(
+    chromium, site, tmp_path
+):
+    save_work(tmp_path, replace(TABLE, rotated_layers=(0, 2)))
+    disabled = "() => [...document.querySelectorAll('#engine :disabled')].map(o => o.value)"
+    with opened(chromium, open_site(Setting(tmp_path)), address="#bits=3.3") as page:
+        shows(page, "#command", command("3.3"))
+        assert page.evaluate(disabled) == list(ENGINES)
+        why = "the inputs of layers 0, 2 were measured rotated"
+        assert why in page.locator("#engine option[value=vllm]").get_attribute("title")
+        summary = page.locator("#refused summary")
+        assert summary.inner_text() == f"No plan for {', '.join(ENGINES)}: why"
+        summary.click()
+        assert page.locator("#refused li").count() == len(ENGINES)
+        shows(page, "#refused", why)
+    with opened(chromium, site, address="#bits=3.3") as page:
+        shows(page, "#command", command("3.3"))
+        assert page.evaluate(disabled) == []
+        assert page.locator("#refused").is_hidden()
+
+
+def test_bars_are_labelled_with_the_share_that_they_show(chromium, site):
+    with opened(chromium, site, address="#bits=3.3") as page:
+        shows(page, "#command", command("3.3"))
+        plan = allocate(TABLE, bits=3.3, solver="lagrangian")
+        weights = {str(scheme): 0 for scheme in TABLE.schemes}
+        for block in TABLE.blocks:
+            weights[str(plan.schemes[block.name])] += block.out_features * block.in_features
+        drawn = data_of(page, "bars")[0]
+        for scheme, share, label in zip(drawn["y"], drawn["x"], drawn["text"], strict=True):
+            expected = 100 * weights[scheme] / sum(weights.values())
+            assert share == pytest.approx(expected)
+            assert label == (f"{expected:.1f} %" if expected else "")
 
 
 def test_the_curve_is_filled_and_a_click_on_it_goes_there(chromium, site):

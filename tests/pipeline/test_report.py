@@ -6,13 +6,15 @@ import shlex
 import shutil
 from dataclasses import replace
 from itertools import pairwise
+from math import log10
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from reports import make_facts
+from reports import MADE_FROM, make_facts
 from rich.console import Console
+from safetensors.torch import load_file
 from tiny import save_tiny, token_ids
 from typer.testing import CliRunner
 
@@ -29,13 +31,24 @@ from mxq.config import (
     QuantizeOptions,
     parse_menu,
 )
+from mxq.profiling.activation import ActivationStats
+from mxq.publish import RunRecord
 from mxq.report.card import model_card
+from mxq.report.comparison import HEADS, comparison, legend
 from mxq.report.curve import loss_curve
 from mxq.report.facts import gather
+from mxq.report.figure_parts import log_axis
 from mxq.report.origin import Origin, command
 from mxq.report.page import _bound
 from mxq.report.times import step_times
-from mxq.report.words import warnings
+from mxq.report.words import (
+    coverage,
+    few_tokens,
+    headlines,
+    plan_name,
+    provenance,
+    warnings,
+)
 from mxq.report_tables import bits_maps
 from mxq.scheme import parse_schemes
 from mxq.storage import load_artifact, save_artifact
@@ -152,7 +165,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     assert "is no finished checkpoint of mxq" in run("report", tmp_path, status=1)
 
 
-def test_findings_of_another_run_are_refused(out):
+def test_results_of_another_run_are_refused(out):
     found = json.loads((out / "mxq_report.json").read_text())
     del found["uniform"]
     (out / "mxq_report.json").write_text(json.dumps(found))
@@ -328,12 +341,105 @@ def test_the_card_has_front_matter_and_the_facts(finished):
     assert str(finished) not in text
 
 
-def test_the_snippet_of_the_card_runs(finished, monkeypatch):
-    [snippet] = re.findall(r"```python\n(.*?)```", (finished / "README.md").read_text(), re.DOTALL)
-    monkeypatch.chdir(finished)
+def test_the_example_of_the_card_generates(finished, monkeypatch, capsys):
+    names = run_example((finished / "README.md").read_text(), finished, monkeypatch)
+    assert names["model"].config.model_type == "qwen2_moe"
+    said = capsys.readouterr().out
+    assert said.startswith("The ")
+    assert len(said) > len("The \n")
+
+
+def test_the_example_of_a_checkpoint_without_a_tokenizer_generates(out, monkeypatch, capsys):
+    for path in out.glob("*token*"):
+        path.unlink()
+    names = run_example(model_card(gather(out)), out, monkeypatch)
+    assert "tokenizer" not in names
+    found = json.loads(capsys.readouterr().out)
+    assert found[:3] == [1, 2, 3]
+    assert len(found) > 3
+
+
+def run_example(card, folder, monkeypatch):
+    """Names that the example of a card leaves when it is run in its folder."""
+    [snippet] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    monkeypatch.chdir(folder)
     names = {}
     exec(compile(snippet, "README.md", "exec"), names)
-    assert names["model"].config.model_type == "qwen2_moe"
+    return names
+
+
+def test_the_uniform_plan_over_the_budget_is_beside_the_others(finished):
+    table = load_artifact(finished / "work" / "sensitivity.json", SensitivityTable)
+    sizes = [(block.out_features, block.in_features) for block in table.blocks]
+    weights = sum(rows * columns for rows, columns in sizes)
+    bits, place = min(
+        (sum(scheme.storage_bits(*size) for size in sizes) / weights, place)
+        for place, scheme in enumerate(table.schemes)
+        if sum(scheme.storage_bits(*size) for size in sizes) > 3.5 * weights
+    )
+    name, loss = f"uniform {table.schemes[place]} +", sum(row[place] for row in table.loss)
+    row = (name, "", f"{bits:.3f}", "", f"{loss:.4g}", "", "", "")
+    assert comparison(gather(finished))[1] == row
+    assert f"| {' | '.join(row)} |" in (finished / "README.md").read_text()
+    assert name in run("inspect", finished)
+
+
+def test_a_checkpoint_of_before_has_no_plan_over_the_budget(out):
+    path = out / "mxq_run.json"
+    save_artifact(path, replace(load_artifact(path, RunRecord), above=None))
+    assert not [row for row in comparison(gather(out)) if row[0].endswith("+")]
+
+
+def test_nobody_asked_for_the_bits_of_a_uniform_plan():
+    facts = make_facts(bits=3.2)
+    asked = {row[0]: row[1] for row in comparison(facts)}
+    assert asked == {"original": "", "mixed plan *": "3.200", "uniform w3a16_g128_asym": ""}
+    assert headlines(facts)[0].remark.startswith("3.200 asked, of ")
+    uniform = replace(facts.plan, description="uniform w3a16_g128_asym, inside the rules of vLLM")
+    assert headlines(replace(facts, plan=uniform))[0].remark.startswith("of ")
+    assert plan_name(uniform.description) == "uniform w3a16_g128_asym"
+
+
+def test_every_column_is_explained_with_the_tokens_it_was_measured_on(finished):
+    meanings = {name: said for names, said in legend("nats") for name in names.split(", ")}
+    assert set(HEADS[1:]) < meanings.keys()
+    assert all("on the held-out tokens" in meanings[name] for name in ("KL", "perplexity", "top-1"))
+    assert "on the calibration tokens" in meanings["predicted"]
+    inspected, card = run("inspect", finished), (finished / "README.md").read_text()
+    for shown in (inspected, " ".join(card.replace("\\", "").split())):
+        for _, said in legend("nats per token"):
+            assert " ".join(said.split()[:4]) in shown
+
+
+def test_counts_of_tokens_are_those_of_the_files(finished):
+    ids = load_file(finished / "work" / "calibration.safetensors")
+    profile = load_artifact(finished / "work" / "profile.json", ActivationStats)
+    both, heldout = sum(part.numel() for part in ids.values()), ids["heldout"]
+    told = dict(provenance(gather(finished)))["calibration tokens"]
+    assert told == f"{both:,}, the held-out ones among them; {profile.total_tokens:,} profiled"
+    # Seven of eight samples are not held out; the first token of a sample is not predicted.
+    assert profile.total_tokens == 7 * 16
+    assert gather(finished).written.heldout_tokens == heldout.numel() - len(heldout)
+
+
+def test_what_nobody_asked_for_is_no_row(finished):
+    facts = gather(finished)
+    rows = dict(provenance(facts))
+    assert {"model", "plan", "quantizer", "versions"} <= rows.keys()
+    assert not {"revision", "keep", "engine"} & rows.keys()
+    assert not {"", "none", "None", "[]"} & set(rows.values())
+    settings = {**facts.record.provenance.settings, "engine": "vllm", "keep": ["a", "b"]}
+    record = replace(facts.record, provenance=replace(MADE_FROM, settings=settings))
+    asked = dict(provenance(replace(facts, record=record)))
+    assert (asked["engine"], asked["keep"]) == ("vllm", "a, b")
+
+
+def test_one_of_a_thing_is_in_the_singular():
+    facts = make_facts(layers=1, experts=1)
+    said = " ".join((*coverage(facts), *warnings(facts), *few_tokens(1)))
+    for words in ("in 1 layer, those of 1 expert among", "1 tensor, router", "1 held-out token "):
+        assert words in said
+    assert not re.search(r"\b1 (linear |held-out |fitting )?[a-z]+s\b", said)
 
 
 def test_neighbours_of_a_plan_for_an_engine_keep_its_rules():
@@ -422,7 +528,7 @@ def test_inspect_shows_the_facts(out):
     facts = gather(out)
     assert f"{facts.plan.bits_per_weight:.4f} bits per weight" in shown
     assert "Bits of routed experts" in shown
-    assert "are few: differences between the plans may be chance" in shown
+    assert "Measured on 15 held-out tokens only: differences between the plans" in shown
     assert command(facts.origin).split()[-4] in shown
 
 
@@ -497,7 +603,17 @@ def test_the_curve_passes_through_the_plan_and_names_the_uniform_ones(finished):
     assert all(a.loss >= b.loss for a, b in pairwise(line))
 
 
+@pytest.mark.parametrize("low", [1e-9, 1.05e-4, 0.37, 8.9])
+@pytest.mark.parametrize("ratio", [1.74, 3, 10, 150, 1e6])
+def test_a_logarithmic_axis_has_ticks_to_read_values_by(low, ratio):
+    axis = log_axis([log10(low), log10(low * ratio)])
+    values = axis["tickvals"]
+    assert 3 <= len(values) <= 9
+    assert all(low <= value * 1.0001 and value <= low * ratio * 1.0001 for value in values)
+    assert [float(text) for text in axis["ticktext"]] == pytest.approx(values)
+
+
 def test_little_text_and_cold_experts_are_warned_of(finished):
     found = " ".join(warnings(gather(finished)))
-    assert "15 held-out tokens are few" in found
-    assert "got fewer than 64 calibration tokens" in found
+    assert "Measured on 15 held-out tokens only" in found
+    assert "got fewer than 64 fitting tokens" in found

@@ -66,18 +66,18 @@ def show(browser, tmp_path_factory):
     """``show(scheme, **options)``: the page on facts of that kind, drawn once for all tests."""
     folder, shown = tmp_path_factory.mktemp("pages"), {}
 
-    def draw(scheme="light", **options):
-        key = f"{scheme} {sorted(options.items())}"
+    def draw(scheme="light", *, width=1280, **options):
+        key = f"{scheme} {width} {sorted(options.items())}"
         if key not in shown:
             path = folder / f"{len(shown)}.html"
             facts = make_facts(**options)
             path.write_text(render_page(facts, loss_curve(facts, seconds=1), step_times(facts)))
-            shown[key] = open_page(path, scheme)
+            shown[key] = open_page(path, scheme, width)
         return shown[key]
 
-    def open_page(path, scheme):
+    def open_page(path, scheme, width):
         context = browser.new_context(
-            viewport={"width": 1280, "height": 800}, color_scheme=scheme, offline=True
+            viewport={"width": width, "height": 800}, color_scheme=scheme, offline=True
         )
         found = Shown(context.new_page(), [], [])
         found.page.on("console", lambda message: found.said.append(message.text))
@@ -183,6 +183,51 @@ def test_a_dark_page_is_printed_light_and_dark_again_after(show):
     page.wait_for_selector("html[data-theme=dark]")
     page.wait_for_function(f"{width} > 640")
     assert page.pdf(format="A4").startswith(b"%PDF")
+
+
+PHONE = {"width": 390, **FULL}
+
+SIDEWAYS = """() => [...document.querySelectorAll('main *')]
+    .filter((part) => !part.closest('.scroll > *')
+        && part.getBoundingClientRect().right > document.documentElement.clientWidth + 1)
+    .map((part) => part.outerHTML.slice(0, 80))"""
+
+OVERLAPS = """() => [...document.querySelectorAll('.plot')].flatMap((plot) =>
+    [...plot.querySelectorAll('.xaxislayer-above')].flatMap((axis) => {
+        const boxes = [...axis.querySelectorAll('g[class$=tick] text')]
+            .map((text) => text.getBoundingClientRect()).sort((a, b) => a.left - b.left);
+        return boxes.slice(1).filter((box, index) => box.left < boxes[index].right + 1)
+            .map((box) => `${plot.id} at ${box.left}`);
+    }))"""
+
+LABELS = """(id) => [...document.querySelectorAll(`#${id} .xaxislayer-above g[class$=tick] text`)]
+    .map((text) => text.textContent)"""
+
+
+@pytest.mark.parametrize("experts", [8, 40, 64])
+def test_on_a_phone_only_plots_and_tables_scroll_sideways_and_no_labels_overlap(show, experts):
+    page = show(experts=experts, **PHONE).page
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    assert page.evaluate(SIDEWAYS) == []
+    assert page.evaluate(OVERLAPS) == []
+    widths = "[...document.querySelectorAll('.plot .main-svg')].map((svg) => svg.clientWidth)"
+    assert set(page.evaluate(widths)) == {640}
+    assert len(page.evaluate(LABELS, "experts-bits")) >= 8
+
+
+def test_predicted_and_measured_losses_can_be_read_off_the_axes(show):
+    page = show(**PHONE, experts=8).page
+    assert len(page.evaluate(LABELS, "agreement-plot")) >= 3
+    down = "document.querySelectorAll('#agreement-plot .ytick text').length"
+    assert page.evaluate(down) >= 3
+
+
+def test_every_column_of_the_page_is_explained(show):
+    page = show(**FULL).page
+    heads = page.locator("#measured th").all_inner_texts()[1:]
+    terms = ", ".join(page.locator("#measured dt").all_inner_texts()).split(", ")
+    assert len(heads) == 7
+    assert set(heads) < set(terms)
 
 
 def test_a_plan_of_36_thousand_blocks_is_a_small_page_that_is_drawn(show):

@@ -86,7 +86,7 @@ def test_a_source_that_lacks_a_weight_is_refused(source):
     tensors = load_file(path)
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, path, {"format": "pt"})
-    cannot_open(source, r"lacks 1 weights of its own architecture, first 'model.layers.1.mlp.up_pr")
+    cannot_open(source, r"lacks 1 weight of its own architecture, first 'model.layers.1.mlp.up_pr")
 
 
 def test_a_source_in_pickle_only_is_refused(source):

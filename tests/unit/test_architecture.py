@@ -27,6 +27,7 @@ LEVELS = {
     "scheme": 0,
     "artifacts": 1,
     "blocks": 1,
+    "counted": 0,
     "compute": 1,
     "config": 1,
     "heap": 1,

@@ -41,7 +41,7 @@ def test_digest_depends_on_ids_shape_and_domains_but_not_on_the_name():
         (torch.zeros(2, 2), ("a", "a"), "torch.float32 of shape"),
         (torch.arange(4), ("a",) * 4, "give int64 of shape"),
         (torch.zeros(0, 4, dtype=torch.int64), (), "at least one sample"),
-        (torch.zeros(2, 2, dtype=torch.int64), ("a",), "1 domains for 2 samples"),
+        (torch.zeros(2, 2, dtype=torch.int64), ("a",), "1 domain for 2 samples"),
     ],
 )
 def test_a_set_that_makes_no_sense_is_refused(ids, domains, message):
@@ -73,7 +73,7 @@ def test_split_by_count_holds_out_exactly_that_many(samples, held):
 
 def test_split_that_leaves_a_part_empty_says_so():
     one = CalibrationSet(torch.ones(1, 4, dtype=torch.int64), ("a",), "x")
-    with pytest.raises(ValueError, match=r"0\.5 of 1 samples leaves 1 to fit and 0 held out"):
+    with pytest.raises(ValueError, match=r"0\.5 of 1 sample leaves 1 to fit and 0 held out"):
         one.split(0.5)
 
 

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from mxq.cli import app
 from mxq.config import AllocateOptions
+from mxq.engines import ENGINES
 from mxq.explore.facts import table_facts
 from mxq.explore.page import page_text, plotly_script
 from mxq.explore.question import Setting, allocate_command, parse_question
@@ -28,6 +29,7 @@ from mxq.explore.run import open_site, within_rules
 from mxq.explore.server import LocalServer, Resource, Site
 from mxq.explore.session import Session
 from mxq.latency import load_pricing
+from mxq.scheme import parse_schemes
 from mxq.search import InfeasibleError, allocate, best_uniform
 
 TABLE = random_table()
@@ -241,6 +243,31 @@ def test_facts_of_a_plan_add_up(tmp_path):
     assert [u["scheme"] for u in facts["uniforms"]] == [str(scheme) for scheme in SCHEMES]
     assert facts["blocks"]["projection"][:3] == ["self_attn.o_proj", "gate", "up"]
     assert facts["bits"] == {"least": 2.15, "most": 16.0, "start": 4.0}  # 2.1406 rounded up
+
+
+def test_engines_are_refused_where_inputs_are_rotated_and_only_there(tmp_path):
+    save_work(tmp_path / "plain", TABLE)
+    save_work(tmp_path / "rotated", replace(TABLE, rotated_layers=(1,)))
+    plain, rotated = (
+        {engine["name"]: engine["refusal"] for engine in facts_of(site)["engines"]}
+        for site in map(open_site, map(Setting, (tmp_path / "plain", tmp_path / "rotated")))
+    )
+    assert plain == dict.fromkeys(ENGINES)
+    assert set(rotated) == set(ENGINES)
+    for name, refusal in rotated.items():
+        assert refusal.startswith("the inputs of layers 1 were measured rotated")
+        assert f"mxq quantize --engine {name}" in refusal
+
+
+def test_an_engine_that_takes_no_scheme_of_the_table_is_refused():
+    menu = parse_schemes("w2a16_g128_asym,w3a16_g128_asym")
+    two = {name: tuple(row[:2] for row in getattr(TABLE, name)) for name in ("loss", "quantizer")}
+    offered = replace(TABLE, schemes=menu, **two)
+    asymmetric = Session(offered, restrict=within_rules)
+    refusal = asymmetric.refusal(AllocateOptions(bits=16, engine="trtllm"))
+    assert refusal is not None
+    assert "w2a16_g128_asym" in refusal
+    assert asymmetric.refusal(AllocateOptions(bits=16)) is None
 
 
 def test_the_page_opens_with_the_budget_of_the_plan_in_the_folder(tmp_path):

@@ -405,7 +405,7 @@ def test_a_profile_prices_with_what_was_measured():
 
 
 def test_a_profile_says_what_it_is():
-    text = "measured on TOY 1 on 2026-01-02 with Triton 3.6.0, 1 branches, model error median 0.0 %"
+    text = "measured on TOY 1 on 2026-01-02 with Triton 3.6.0, 1 branch, model error median 0.0 %"
     assert profile().describe() == text
     assert profile_name("NVIDIA H200", "3.6.0") == "nvidia-h200-triton3.6.0.json"
 

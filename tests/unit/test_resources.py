@@ -13,8 +13,17 @@ from mxq.config import CalibrationOptions, MeasureOptions, ResourceOptions
 from mxq.machine import Machine, Rates
 from mxq.models.adapter import ModelAdapter
 from mxq.models.source import open_source
-from mxq.resources import Needs, about, check_needs, estimate, sizes_of, workload
+from mxq.resources import (
+    Needs,
+    about,
+    check_needs,
+    estimate,
+    sizes_of,
+    spoken_bytes,
+    workload,
+)
 from mxq.scheme import parse_schemes
+from mxq.tables import show_needs
 
 RATES = Rates(operations_per_second=1e9, searched_weights_per_second=1e6)
 MENU = parse_schemes("w2a16_g32_asym,w4a16_g32_asym")
@@ -156,7 +165,7 @@ def test_a_run_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     source = save_tiny(tmp_path / "source")
     monkeypatch.setattr(resources, "machine", lambda folder: Machine(2**40, 1000))
     run = {"bits": 5, "calibration": token_ids(9, 16), "schemes": "w4a16_g32_asym"}
-    with pytest.raises(ValueError, match=r"GiB of disk and 0\.0 GiB are free"):
+    with pytest.raises(ValueError, match=r"KiB of disk and 1000 bytes are free"):
         mxq.quantize(source, output=tmp_path / "out", **run)
     assert not list(tmp_path.glob("out/**/*.safetensors"))
     assert not list(tmp_path.glob("out/**/*.json"))
@@ -203,3 +212,44 @@ def test_rates_are_those_of_a_machine():
 )
 def test_times_are_rounded_to_what_they_are_worth(seconds, text):
     assert about(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 bytes"),
+        (1023, "1023 bytes"),
+        (1024, "1.0 KiB"),
+        (3 * 2**19, "1.5 MiB"),
+        (2**30 - 1, "1,024.0 MiB"),
+        (2**30, "1.0 GiB"),
+        (1536 * 2**30, "1,536.0 GiB"),
+    ],
+)
+def test_bytes_are_told_in_the_largest_unit_that_they_fill(count, text):
+    assert spoken_bytes(count) == text
+
+
+def test_the_table_of_needs_leaves_out_what_takes_nothing(capsys):
+    memory = {"libraries": 2**29, "kept": 0, "layer": 2**20}
+    needs = Needs(memory, {"packed": 3 * 2**10, "spilled": 0}, {"profile": 3.0})
+    show_needs(needs, Machine(2**35, 2**38))
+    shown = capsys.readouterr().err
+    assert [cells(line) for line in shown.splitlines() if "│" in line] == [
+        ["memory", "libraries", "512.0 MiB", ""],
+        ["", "layer", "1.0 MiB", ""],
+        ["", "in all", "513.0 MiB", "32.0 GiB"],
+        ["disk", "packed", "3.0 KiB", ""],
+        ["", "in all", "3.0 KiB", "256.0 GiB"],
+        ["time", "profile", "less than a minute", ""],
+    ]
+
+
+def test_a_run_that_takes_no_disk_still_says_what_is_free(capsys):
+    show_needs(Needs({"libraries": 1}, {"packed": 0}, {}), Machine(2**35, 2**38))
+    lines = [cells(line) for line in capsys.readouterr().err.splitlines() if "│" in line]
+    assert lines[-1] == ["disk", "in all", "0 bytes", "256.0 GiB"]
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("│").split("│")]

@@ -42,7 +42,7 @@ def test_one_bit_over_a_large_budget_is_over():
     [
         ([[1.0, np.nan], [1.0, 2.0]], "loss of block 0, scheme 1 is nan"),
         ([[1.0, -np.inf], [1.0, 2.0]], "loss of block 0, scheme 1 is -inf"),
-        ([[1.0, 2.0], [np.inf, np.inf]], "1 blocks have no available scheme, first block 1"),
+        ([[1.0, 2.0], [np.inf, np.inf]], "no scheme is available for 1 block, first block 1"),
         ([1.0, 2.0], "loss has shape (2,)"),
         ([[1.0, 2.0, 3.0]] * 2, "budget 'bytes' has costs of shape (2, 2), the loss has (2, 3)"),
     ],
@@ -128,5 +128,5 @@ def test_a_group_without_a_common_scheme_is_named():
 
 
 def test_wrong_number_of_labels_is_refused():
-    with pytest.raises(ValueError, match="1 group labels for 2 blocks"):
+    with pytest.raises(ValueError, match="1 group label for 2 blocks"):
         tie(problem(), ["a"])

@@ -16,12 +16,14 @@ from mxq.search import (
     InfeasibleError,
     branch,
     reduce,
+    solver_lagrangian,
     solver_pulp,
 )
-from mxq.search.dual import lower_bound
+from mxq.search.dual import Dual, lower_bound, value
 from mxq.search.primal import repair
-from mxq.search.reduce import root, shrunk, without_dominated
+from mxq.search.reduce import Core, root, shrunk, without_dominated
 from mxq.search.rows import system_of
+from mxq.search.solver_lagrangian import enumerate_core
 
 both = pytest.mark.parametrize("solver", SOLVERS)
 all_three = pytest.mark.parametrize("solver", [*SOLVERS, "integer program"])
@@ -147,6 +149,83 @@ def test_floors_equal_scipy_milp(seed):
         chosen = bits[np.arange(60), solution.choice]
         assert (chosen.reshape(3, 20).sum(axis=1) >= 70).all()
         assert solution.loss == pytest.approx(milp_loss(problem), rel=1e-6)
+
+
+def floored_problem(seed):
+    """Three layers of two blocks and two blocks in none, floors of another cost than the budget."""
+    rng = np.random.default_rng(seed)
+    bits = rng.integers(1, 9, (8, 3)).astype(float)
+    loss = rng.lognormal(0, 2, (8, 3)) / bits
+    floors = []
+    for layer in range(3):
+        members = np.array([2 * layer, 2 * layer + 1])
+        cost = bits[members] if seed % 2 else rng.integers(0, 5, (2, 3)).astype(float)
+        floors.append(Floor(f"layer {layer}", members, cost, rng.random() * cost.max(1).sum()))
+    limit = bits.min(1).sum() + rng.random() * np.ptp(bits, axis=1).sum()
+    return AllocationProblem(loss, (Budget("bits", bits, limit),), tuple(floors))
+
+
+ALL_OF_EIGHT = np.array(list(itertools.product(range(3), repeat=8)))
+
+
+def least_of_all(problem):
+    """Brute force over all plans of eight blocks at once."""
+    feasible = np.ones(len(ALL_OF_EIGHT), dtype=bool)
+    for floor in problem.floors:
+        chosen = floor.cost[np.arange(2), ALL_OF_EIGHT[:, floor.members]]
+        feasible &= chosen.sum(axis=1) >= floor.minimum
+    (budget,) = problem.budgets
+    feasible &= budget.cost[np.arange(8), ALL_OF_EIGHT].sum(axis=1) <= budget.limit
+    losses = problem.loss[np.arange(8), ALL_OF_EIGHT].sum(axis=1)
+    return losses[feasible].min(initial=np.inf)
+
+
+@pytest.mark.parametrize("first", range(0, 300, 50))
+def test_enumeration_of_floors_one_after_another_equals_brute_force(first):
+    for seed in range(first, first + 50):
+        problem = floored_problem(seed)
+        system = system_of(problem)
+        blocks = np.arange(8)
+        # Prices of 0 and no cut: nothing but the limits may rule a plan out.
+        for prices in (np.zeros(4), np.abs(np.random.default_rng(seed).normal(size=4))):
+            dual = Dual(prices, value(system, prices))
+            core = Core(system, dual, blocks, np.zeros(8, dtype=np.intp), 0.0)
+            found = enumerate_core(core, np.inf, 0.0, np.inf)
+            losses = [problem.total_loss(choice) for choice in found.choices]
+            assert min(losses, default=np.inf) == pytest.approx(least_of_all(problem)), seed
+            assert all(problem.is_feasible(choice) for choice in found.choices)
+
+
+def test_a_plan_that_all_but_meets_a_floor_does_not_displace_one_that_does():
+    # 2 - 1e-12 misses a floor of 2 by more than rounding, and by less than partial sums may.
+    cost = np.array([[2 - 1e-12, 2.0], [1.0, 1.0]])
+    problem = AllocationProblem(
+        [[0.0, 1.0], [0.0, 3.0]],
+        (Budget("b", cost, 9.0),),
+        (Floor("f", [0], cost[:1], 2.0), Floor("g", [1], cost[1:], 1.0)),
+    )
+    system, prices = system_of(problem), np.zeros(3)
+    dual = Dual(prices, value(system, prices))
+    core = Core(system, dual, np.arange(2), np.zeros(2, dtype=np.intp), 0.0)
+    (choice,) = enumerate_core(core, np.inf, 0.0, np.inf).choices
+    assert choice.tolist() == [1, 0]
+
+
+def test_a_table_that_would_grow_too_large_is_given_up_before_it_does(monkeypatch):
+    sizes = []
+    extend = solver_lagrangian._extend
+
+    def watched(table, schemes, *more):
+        extend(table, schemes, *more)
+        sizes.append(table.used.size + table.reduced.size)
+
+    monkeypatch.setattr(solver_lagrangian, "_extend", watched)
+    monkeypatch.setattr(solver_lagrangian, "MOST_NUMBERS", 5000)
+    system = system_of(large_problem(60, tightness=0.5))
+    prices = np.zeros(len(system.rows))
+    core = Core(system, Dual(prices, value(system, prices)), np.arange(60), np.zeros(60, int), 0.0)
+    assert enumerate_core(core, np.inf, 0.0, np.inf) is None
+    assert 1000 < max(sizes) <= 5000
 
 
 @both

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from mxq.checkpoint.export.names import Stored, stored_modules
 from mxq.checkpoint.export.packed import PackedBlock, PackedCheckpoint, Shard
 from mxq.checkpoint.export.targets import Rule, describe, matches
+from mxq.counted import counted
 from mxq.scheme import Scheme
 
 Label = Scheme | None
@@ -72,7 +73,7 @@ def _check_unrotated(checkpoint: PackedCheckpoint) -> None:
     rotated = [block.path for block in checkpoint.blocks.values() if block.is_rotated]
     if rotated:
         raise ValueError(
-            f"{len(rotated)} weights of {checkpoint.folder} meet rotated inputs (first "
+            f"{checkpoint.folder} has {counted(len(rotated), 'weight')} with rotated inputs (first "
             f"{rotated[0]}), and other engines do not rotate: the model would be wrong there. "
             "Quantize with --rotation off, or export --to dequantized"
         )

@@ -87,22 +87,28 @@ export function drawBars(element, facts, plan) {
     orientation: "h",
     y: order.map((scheme) => facts.schemes[scheme]),
     x: shares,
-    text: order.map((scheme) => (counts[scheme] ? counts[scheme].toLocaleString("en") : "")),
+    text: order.map((scheme, index) => (counts[scheme] ? shareText(shares[index]) : "")),
     textposition: "outside",
     cliponaxis: false,
     hovertext: order.map(
       (scheme, index) =>
-        `${facts.schemes[scheme]}: ${counts[scheme].toLocaleString("en")} blocks, ` +
-        `${shares[index].toFixed(1)} % of the weights, ${bits[scheme].toFixed(2)} bits each`,
+        `${facts.schemes[scheme]}: ${counted(counts[scheme], "block")}, ` +
+        `${shareText(shares[index])} of the weights, ${bits[scheme].toFixed(2)} bits each`,
     ),
     hoverinfo: "text",
     marker: { color: order.map((scheme) => colourOf(facts, bits[scheme])), line: { width: 1, color: colours.line } },
   };
-  const layout = base(colours, { l: 8, r: 48, t: 6, b: 36 });
+  const layout = base(colours, { l: 8, r: 56, t: 6, b: 36 });
   layout.xaxis = { ...layout.xaxis, ticksuffix: " %", range: [0, Math.max(25, ...shares) * 1.08] };
   layout.yaxis = { ...layout.yaxis, type: "category", automargin: true, showgrid: false };
   layout.bargap = 0.25;
   return Plotly.react(element, [trace], layout, CONFIG);
+}
+
+/** A percentage with a digit that means something; the little that is there is never "0.0 %". */
+function shareText(share) {
+  if (share === 0) return "0 %";
+  return share < 0.05 ? "< 0.1 %" : `${share.toFixed(1)} %`;
 }
 
 /**
@@ -172,6 +178,11 @@ function base(colours, margin) {
   };
 }
 
+/** A count with its noun, in the plural unless it is 1. */
+export function counted(count, noun) {
+  return `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
+}
+
 function theme() {
   const style = getComputedStyle(document.documentElement);
   const names = ["accent", "ink", "soft", "line", "panel"];
@@ -218,7 +229,7 @@ function describe(facts, view, plan, blocks) {
   const end = `${meanBits(facts, plan, blocks).toFixed(2)} bits per weight, ${(100 * share).toPrecision(2)} % of the loss`;
   if (view.axis === "expert") {
     const lines = blocks.map((block) => `${escape(projection[block])} ${facts.schemes[plan.choice[block]]}`);
-    const head = `layer ${layer[first]}, expert ${expert[first]}: ${tokens[first].toLocaleString("en")} tokens`;
+    const head = `layer ${layer[first]}, expert ${expert[first]}: ${counted(tokens[first], "token")}`;
     return [head, ...lines, end].join("<br>");
   }
   const counts = facts.schemes.map(() => 0);

@@ -2,7 +2,7 @@
 // is drawn; what else was solved stays as points of the curve.
 
 import { makeAsker } from "/asker.js";
-import { drawBars, drawCurve, drawMap, makeViews } from "/charts.js";
+import { counted, drawBars, drawCurve, drawMap, makeViews } from "/charts.js";
 
 const DEBOUNCE_MS = 50;
 const SWEEP_BUDGETS = 24;
@@ -29,11 +29,11 @@ start();
 function start() {
   element("model").textContent = facts.model;
   element("about").textContent =
-    `${facts.blocks.name.length.toLocaleString("en")} blocks, ${facts.schemes.length} schemes, ` +
-    `${count(facts.weights)} weights, ${facts.calibrationTokens.toLocaleString("en")} calibration tokens`;
+    `${counted(facts.blocks.name.length, "block")}, ${counted(facts.schemes.length, "scheme")}, ` +
+    `${count(facts.weights)} weights, ${counted(facts.calibrationTokens, "calibration token")}`;
   fill(element("granularity"), facts.granularities, (name) => GRANULARITIES[name] ?? name);
   fill(element("view"), views.map((view) => view.name), (name) => name);
-  fill(element("engine"), ["", ...facts.engines], (name) => name || "none");
+  fillEngines();
   element("engine-row").hidden = facts.engines.length === 0;
   const { least, most } = facts.bits;
   Object.assign(element("slider"), { min: least, max: most });
@@ -49,6 +49,26 @@ function start() {
 
 function fill(select, values, label) {
   select.replaceChildren(...values.map((value) => new Option(label(value), value)));
+}
+
+/** Engines that can read no plan of this table cannot be chosen; the reasons are below and at each. */
+function fillEngines() {
+  const refused = facts.engines.filter(({ refusal }) => refusal !== null);
+  fill(element("engine"), ["", ...facts.engines.map(({ name }) => name)], (name) => name || "none");
+  for (const { name, refusal } of refused) {
+    const option = [...element("engine").options].find(({ value }) => value === name);
+    Object.assign(option, { disabled: true, title: refusal });
+  }
+  element("refused").hidden = refused.length === 0;
+  const names = refused.map(({ name }) => name).join(", ");
+  element("refused").querySelector("summary").textContent = `No plan for ${names}: why`;
+  element("refused").querySelector("ul").replaceChildren(...refused.map(({ refusal }) => item(refusal)));
+}
+
+function item(text) {
+  const entry = document.createElement("li");
+  entry.textContent = text;
+  return entry;
 }
 
 function listen() {
@@ -228,10 +248,10 @@ function showTiles(plan) {
   element("stored-about").textContent =
     `${plan.bits.toFixed(4)} bits of ${plan.asked} asked; ${((100 * plan.bits) / 16).toFixed(1)} % of 16-bit weights`;
   element("time").textContent = `${Math.round(1000 * plan.seconds).toLocaleString("en")} ms`;
-  element("time-about").textContent = `${plan.groups.toLocaleString("en")} choices of ${facts.schemes.length} schemes`;
+  element("time-about").textContent = `${counted(plan.groups, "choice")} of ${counted(facts.schemes.length, "scheme")}`;
   if (plan.latencyUs !== null) {
     element("latency").textContent = `${(plan.latencyUs / 1000).toPrecision(4)} ms`;
-    element("latency-about").textContent = `${facts.device}, ${facts.tokens} tokens; a prediction`;
+    element("latency-about").textContent = `${facts.device}, ${counted(facts.tokens, "token")}; a prediction`;
   }
   element("command").textContent = plan.command;
   element("command-about").textContent = plan.proven
@@ -296,7 +316,7 @@ function showCurve() {
     .filter(([name, solved]) => name === now || solved.length > 3)
     .map(([name, solved]) => ({ name: name === "" ? "no rules" : spokenRules(name), points: solved, isNow: name === now }));
   const left = asker.left();
-  element("filling").textContent = left > 0 ? `${left} budgets to go` : "click a point to go there";
+  element("filling").textContent = left > 0 ? `${counted(left, "budget")} to go` : "click a point to go there";
   drawCurve(element("curve"), facts, series, isPossible ? shown : null);
   if (!isWired) {
     isWired = true;
