@@ -168,9 +168,9 @@ def layers_done(monkeypatch):
         found["measured"].append(visit.layer)
         return measure(adapter, batches, settings, visit, provenance)
 
-    def quantize_layer(job, layer, calls):
-        found["packed"].append(layer)
-        return quantize(job, layer, calls)
+    def quantize_layer(work):
+        found["packed"].append(work.layer)
+        return quantize(work)
 
     measure, quantize = measuring.measure_layer, packing.quantize_layer
     monkeypatch.setattr(measuring, "measure_layer", measure_layer)
