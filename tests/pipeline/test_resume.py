@@ -18,6 +18,7 @@ from mxq import finish, pipeline, profile_stage
 from mxq.checkpoint import pack as packing
 from mxq.locks import LOCK
 from mxq.profiling import measure as measuring
+from mxq.publish import record_files
 from mxq.quantizers import quantize_rtn
 from mxq.workspace import Workspace
 
@@ -79,6 +80,12 @@ def without_path(text, folder):
 
 
 # Killed
+
+
+def test_what_a_killed_writer_left_is_no_file_of_a_checkpoint(tmp_path):
+    for name in ("config.json", "model-0.safetensors", ".tmpnbGc44"):
+        (tmp_path / name).write_text(name)
+    assert list(record_files(tmp_path)) == ["model-0.safetensors", "config.json"]
 
 
 def test_a_run_killed_at_any_moment_goes_on_and_writes_the_same_bytes(
