@@ -15,6 +15,13 @@ SCOPES = ("auto", "experts", "all")
 ROTATIONS = ("auto", "on", "off")
 GRANULARITIES = ("block", "expert", "projection", "layer")
 OBJECTIVES = ("loss", "mxmoe")
+TARGETS = ("original", "local")
+EFFORTS: Mapping[str, tuple[str, str]] = {
+    "fast": ("gptq", "local"),
+    "balanced": ("refined", "original"),
+}
+"""Quantizer and target by effort: how much time accuracy is worth."""
+
 OWN = "own"
 """Stands for a callable of the caller's in place of a name."""
 
@@ -79,18 +86,22 @@ class MeasureOptions:
     """How blocks are quantized and what their error is said to cost.
 
     ``schemes`` empty means the default candidates, fitted to the model's dimensions. Projections
-    in ``by_projection`` ("down", "q_proj") have candidates of their own instead.
+    in ``by_projection`` ("down", "q_proj") have candidates of their own instead. ``target`` is what
+    blocks are fitted to when they are packed: "original", their outputs in the original model, or
+    "local", what their own weights make of the inputs that quantized layers give.
     """
 
     schemes: tuple[Scheme, ...] = ()
     sensitivity: str = "fisher"
-    quantizer: str = "gptq"
+    quantizer: str = "refined"
     rotation: str = "auto"
     by_projection: Mapping[str, tuple[Scheme, ...]] = field(default_factory=dict)
+    target: str = "original"
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a rotation that does not exist."""
+        """Raise ValueError for a rotation or a target that does not exist."""
         check_choice("rotation", self.rotation, ROTATIONS)
+        check_choice("target", self.target, TARGETS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,6 +266,17 @@ class QuantizeOptions:
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     measure: MeasureOptions = field(default_factory=MeasureOptions)
     resources: ResourceOptions = field(default_factory=ResourceOptions)
+
+
+def of_effort(effort: str, quantizer: str | None, target: str | None) -> tuple[str, str]:
+    """Quantizer and target: those that are named, the effort's where none is.
+
+    Raises:
+        ValueError: If there is no such effort.
+    """
+    check_choice("effort", effort, tuple(EFFORTS))
+    usual_quantizer, usual_target = EFFORTS[effort]
+    return quantizer or usual_quantizer, target or usual_target
 
 
 def parse_size(text: str) -> int:

@@ -150,6 +150,7 @@ def _made_from(finish: Finish, plans: Mapping[str, Allocation]) -> Provenance:
         {
             **finish.table.provenance.settings,
             "compute": describe(finish.adapter.source.device),
+            "target": finish.measured.target,
             "bits": asked,
             "plans": names,
             **engine_settings(first.engine, first.tensor_parallel),
@@ -189,6 +190,7 @@ def _pack(finish: Finish, name: str, allocation: Allocation, report: Report | No
         allocation,
         work.packed(name),
         method=settings.method,
+        target=finish.measured.target,
         progress=stage(report, f"pack {name}"),
         sharing=PackSharing(work.team, records if finish.is_kept else None),
     )

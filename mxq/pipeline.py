@@ -134,6 +134,7 @@ def _check(
             # The record has them as a plan does: of a limit for all weights.
             weights = sum(block.weights for block in adapter.blocks())
             known["bits"] = options.allocate.bits * weights / weights
+        known["target"] = measured.target
         known |= engine_settings(options.allocate.engine, options.allocate.tensor_parallel)
         check_known(options.output, model_digest=adapter.source.digest(), settings=known)
     if find_record(options.output.output) is None or options.output.overwrite:

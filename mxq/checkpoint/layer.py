@@ -29,6 +29,7 @@ from mxq.models.probes import (
     expert_inputs,
     linear_probe,
 )
+from mxq.models.sweep import Batches
 from mxq.quantizers.choose import (
     BatchInputs,
     BlockInputs,
@@ -45,14 +46,27 @@ from mxq.scheme import Scheme
 
 @dataclass(frozen=True, slots=True)
 class PackJob:
-    """The unchanging arguments of one packing run."""
+    """The unchanging arguments of one packing run.
+
+    ``target`` is what blocks are fitted to, one of ``mxq.config.TARGETS``.
+    """
 
     adapter: ModelAdapter
     allocation: Allocation
     method: Method
-    fit_tokens: int
-    store: ActivationStore
+    batches: Batches
     team: Team
+    target: str
+
+    @property
+    def fit_tokens(self) -> int:
+        """Tokens that may be fitted to."""
+        return self.batches.fit_tokens
+
+    @property
+    def store(self) -> ActivationStore:
+        """Where activations are kept."""
+        return self.batches.store
 
     def rotated(self, layer: int) -> bool:
         """Whether the layer's block inputs are rotated."""
@@ -71,6 +85,20 @@ class QuantizedLayer:
     unrouted: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class LayerWork:
+    """A loaded layer that is to be quantized, and its calls.
+
+    ``origins`` are the inputs that its sites have in the original model, where blocks are fitted to
+    that; else it is empty.
+    """
+
+    job: PackJob
+    layer: int
+    calls: Sequence[LayerCall]
+    origins: Mapping[str, SiteInputs]
+
+
 @dataclass(slots=True)
 class _Found:
     """What one process has quantized of a group of sites."""
@@ -87,21 +115,22 @@ class _Found:
                 self.tensors[f"{path}.{suffix}"] = tensor.cpu()
 
 
-def quantize_layer(job: PackJob, layer: int, calls: list[LayerCall]) -> QuantizedLayer:
+def quantize_layer(work: LayerWork) -> QuantizedLayer:
     """Quantize all blocks of a loaded layer; leaves it with its quantized weights.
 
     Raises:
         ValueError: If the layer runs without one of its sites, or values are not finite.
     """
+    job, layer = work.job, work.layer
     seen: dict[str, Capture] = {}
-    _record(job.adapter, layer, calls[0], job.adapter.layer_sites(layer), seen.setdefault)
+    _record(job.adapter, layer, work.calls[0], job.adapter.layer_sites(layer), seen.setdefault)
     groups = _groups_by_input(seen)
     seen.clear()
     tensors: dict[str, Tensor] = {}
     quantizers: dict[str, str] = {}
     unrouted: set[str] = set()
     for group in groups:
-        for part in _share_group(job, layer, calls, group):
+        for part in _share_group(work, group):
             tensors |= part.tensors
             quantizers |= part.quantizers
             unrouted |= set(part.unrouted)
@@ -128,21 +157,19 @@ def block_tensors(job: PackJob, layer: int, tensors: Mapping[str, Tensor]) -> di
     }
 
 
-def _share_group(
-    job: PackJob, layer: int, calls: list[LayerCall], group: Sequence[str]
-) -> list[_Found]:
+def _share_group(work: LayerWork, group: Sequence[str]) -> list[_Found]:
     """Quantize the sites of one input, each process its part; every process installs all."""
-    mine = _Found()
+    job, mine = work.job, _Found()
     known: dict[int, BatchInputs] = {}
-    for inputs, parts in _dealt(job, layer, calls, group):
+    for inputs, parts in _dealt(work, group):
         if parts == [None]:
             # Linears that read the same tensor are of this group; what is known of it is shared.
             place = id(inputs.x_TK)
             if place not in known:
-                known[place] = _known_of_linear(job, layer, inputs)
+                known[place] = _known_of_linear(work, inputs)
             mine.take(job, _quantize_blocks(job, [inputs.site], known[place]))
         else:
-            mine.take(job, _quantize_experts(job, layer, inputs, parts, mine.unrouted))
+            mine.take(job, _quantize_experts(work, inputs, parts, mine.unrouted))
     note = json.dumps([mine.quantizers, mine.unrouted])
     found = []
     for rank, (text, tensors) in enumerate(job.team.exchange_tensors(note, mine.tensors)):
@@ -157,20 +184,19 @@ _Part = list[int] | None
 """Experts that are quantized together; None stands for a plain linear."""
 
 
-def _dealt(
-    job: PackJob, layer: int, calls: list[LayerCall], group: Sequence[str]
-) -> Iterator[tuple[SiteInputs, list[_Part]]]:
+def _dealt(work: LayerWork, group: Sequence[str]) -> Iterator[tuple[SiteInputs, list[_Part]]]:
     """The inputs of each site of which this process has parts, with those parts.
 
     How a site is cut into parts does not depend on how many processes there are.
     """
     mine: dict[str, list[_Part]] = defaultdict(list)
-    parts = [(site, part) for site in group for part in _parts(job.adapter, site)]
+    adapter, team = work.job.adapter, work.job.team
+    parts = [(site, part) for site in group for part in _parts(adapter, site)]
     for place, (site, part) in enumerate(parts):
-        if job.team.takes(place):
+        if team.takes(place):
             mine[site].append(part)
     if mine:
-        inputs = _inputs_of_sites(job, layer, calls, list(mine))
+        inputs = _inputs_of_sites(work.job, work.layer, work.calls, list(mine))
         for site in inputs:
             yield inputs[site], mine[site]
 
@@ -214,25 +240,32 @@ def _inputs_of_sites(
     return captures.join(job.fit_tokens)
 
 
-def _known_of_linear(job: PackJob, layer: int, inputs: SiteInputs) -> BatchInputs:
-    probe = linear_probe(job.adapter.module(inputs.site), inputs, with_output=False)
-    return _known_of(job, layer, [probe], None)
+def _known_of_linear(work: LayerWork, inputs: SiteInputs) -> BatchInputs:
+    probe = linear_probe(work.job.adapter.module(inputs.site), inputs, with_output=False)
+    origin = work.origins.get(inputs.site)
+    return _known_of(work, [probe], None, None if origin is None else [origin.x_TK])
 
 
 def _quantize_experts(
-    job: PackJob, layer: int, inputs: SiteInputs, parts: Sequence[_Part], unrouted: list[str]
+    work: LayerWork, inputs: SiteInputs, parts: Sequence[_Part], unrouted: list[str]
 ) -> Iterator[Candidate]:
     """Quantize some experts of a site; those without tokens are added to ``unrouted``."""
-    module = job.adapter.module(inputs.site)
+    job = work.job
+    module, origin = job.adapter.module(inputs.site), work.origins.get(inputs.site)
     fit = inputs.x_TK[: job.fit_tokens]
     prior_KK = second_moments(fit, torch.ones(len(fit), device=device_of(module)))
     for experts in parts:
         assert experts is not None
         seen = [expert_inputs(module, inputs, expert) for expert in experts]
+        # Taken while the experts have their own weights.
+        outer = inner = None
+        if origin is not None:
+            outer = [origin.rows(one.rows, one.x_TH.device) for one in seen]
+            inner = [one.inner_of(x_TH) for one, x_TH in zip(seen, outer, strict=True)]
         # All but the down projection read the same.
         first, *others = [name for name in projection_shapes(module) if name != "down"]
         probes = [one.probe(first) for one in seen]
-        known = _known_of(job, layer, probes, prior_KK)
+        known = _known_of(work, probes, prior_KK, outer)
         for name in (first, *others):
             blocks = [_sibling(probe.block, name) for probe in probes]
             yield from _quantize_blocks(job, blocks, known)
@@ -240,16 +273,26 @@ def _quantize_experts(
         probes = [one.probe("down") for one in seen]
         unrouted.extend(_expert_of(probe.block) for probe in probes if probe.tokens == 0)
         blocks = [probe.block for probe in probes]
-        yield from _quantize_blocks(job, blocks, _known_of(job, layer, probes, None))
+        yield from _quantize_blocks(job, blocks, _known_of(work, probes, None, inner))
 
 
 def _known_of(
-    job: PackJob, layer: int, probes: Sequence[Probe], prior_KK: Tensor | None
+    work: LayerWork,
+    probes: Sequence[Probe],
+    prior_KK: Tensor | None,
+    origins: Sequence[Tensor] | None,
 ) -> BatchInputs:
-    """What there is to know of the probes' inputs, in the frame of their layer."""
-    blocks = [BlockInputs(p.block, p.x_TK, p.gate_T, p.fit_rows) for p in probes]
+    """What there is to know of the probes' inputs, in the frame of their layer.
+
+    ``origins`` are what the original model has in place of each probe's input.
+    """
+    found = [None] * len(probes) if origins is None else origins
+    blocks = [
+        BlockInputs(p.block, p.x_TK, p.gate_T, p.fit_rows, x_TK)
+        for p, x_TK in zip(probes, found, strict=True)
+    ]
     known = make_inputs(blocks, prior_KK)
-    return known.turned if job.rotated(layer) else known
+    return known.turned if work.job.rotated(work.layer) else known
 
 
 def _quantize_blocks(

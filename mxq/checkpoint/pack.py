@@ -1,13 +1,16 @@
 """Pack: quantize layer after layer on the chosen mix and write the checkpoint.
 
-Every layer sees inputs that passed the quantized layers before it. A finished layer is its shard
-and a record with the shard's digest: a run that goes on installs the weights of the shard, passes
-the calibration tokens through them, and so comes to the same state as the run that was stopped.
+Every layer sees inputs that passed the quantized layers before it. Where its blocks are fitted to
+the original model's outputs, the same tokens pass the original layers beside them. A finished
+layer is its shard and a record with the shard's digest: a run that goes on installs the weights of
+the shard, passes the calibration tokens through them, and so comes to the same state as the run
+that was stopped.
 """
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,13 +19,20 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mxq.artifacts import Allocation, Provenance
-from mxq.checkpoint.layer import PackJob, block_tensors, install_layer, quantize_layer
+from mxq.checkpoint.layer import (
+    LayerWork,
+    PackJob,
+    block_tensors,
+    install_layer,
+    quantize_layer,
+)
 from mxq.checkpoint.writer import CheckpointWriter, shard_file
 from mxq.counted import counted
 from mxq.distributed import Team
-from mxq.models.adapter import ModelAdapter
+from mxq.models.adapter import Capture, ModelAdapter
 from mxq.models.experts import expert_bias
 from mxq.models.lockstep import LayerCall, run_calls, run_in_lockstep
+from mxq.models.probes import Captures, SiteInputs
 from mxq.models.source import file_digest
 from mxq.models.sweep import Batches, OnProgress
 from mxq.quantizers.method import Method
@@ -75,31 +85,39 @@ def pack(  # noqa: PLR0913  (who packs, and who watches, changes no byte)
     folder: Path,
     *,
     method: Method,
+    target: str = "original",
     progress: OnProgress | None = None,
     sharing: PackSharing | None = None,
 ) -> PackReport:
     """Write the checkpoint of an allocation to ``folder``; the leading process alone writes.
+
+    ``target`` is what blocks are fitted to, one of ``mxq.config.TARGETS``.
 
     Raises:
         ValueError: If the allocation does not cover the model's blocks, or values are not finite.
     """
     _check_covers(adapter, allocation)
     sharing = sharing or PackSharing()
-    job = PackJob(adapter, allocation, method, batches.fit_tokens, batches.store, sharing.team)
+    job = PackJob(adapter, allocation, method, batches, sharing.team, target)
     writer = CheckpointWriter(folder) if sharing.team.leads else None
     done = _known(sharing, writer)
     source = adapter.source
     layers = range(len(source.layers))
 
+    beside = len(batches.tokens) if target == "original" else 0
+
     def on_layer(layer: int, calls: list[LayerCall]) -> list[object]:
         source.load_layer(layer)
         try:
             with torch.no_grad():
+                outputs, origins = _pass_original(job, layer, calls[:beside], layer not in done)
+                own = calls[beside:]
                 if layer in done:
                     _reinstall(job, layer, folder)
                 else:
-                    done[layer] = _pack_layer(job, layer, calls, writer, sharing)
-                outputs = run_calls(calls, batches.store)
+                    work = LayerWork(job, layer, own, origins)
+                    done[layer] = _pack_layer(work, writer, sharing)
+                outputs += run_calls(own, batches.store)
         finally:
             adapter.uninstall(layer)
             source.free_layer(layer)
@@ -108,7 +126,8 @@ def pack(  # noqa: PLR0913  (who packs, and who watches, changes no byte)
         return outputs
 
     if any(layer not in done for layer in layers):
-        run_in_lockstep(source.model, source.layers, batches.tokens, on_layer, store=batches.store)
+        passes = batches.tokens[:beside] + batches.tokens
+        run_in_lockstep(source.model, source.layers, passes, on_layer, store=batches.store)
     return sharing.team.from_lead(PackReport, lambda: _finish(job, writer, done))
 
 
@@ -144,15 +163,30 @@ def _reinstall(job: PackJob, layer: int, folder: Path) -> None:
     install_layer(job, layer, job.team.exchange_tensors("", stored)[0][1])
 
 
+def _pass_original(
+    job: PackJob, layer: int, calls: Sequence[LayerCall], is_recorded: bool
+) -> tuple[list[object], dict[str, SiteInputs]]:
+    """Outputs of a layer that has its own weights, and what its sites read where that is wanted."""
+    captures = Captures(job.store)
+    outputs: list[object] = []
+
+    def sink(capture: Capture) -> None:
+        captures.add(capture)
+
+    for call in calls:
+        watched = job.adapter.recording(layer, sink, inputs_only=True)
+        with watched if is_recorded else nullcontext():
+            outputs += run_calls([call], job.store)
+        captures.end_batch()
+    return outputs, captures.join(job.fit_tokens)
+
+
 def _pack_layer(
-    job: PackJob,
-    layer: int,
-    calls: list[LayerCall],
-    writer: CheckpointWriter | None,
-    sharing: PackSharing,
+    work: LayerWork, writer: CheckpointWriter | None, sharing: PackSharing
 ) -> PackedLayer:
     """Quantize a layer, write its shard and then its record."""
-    quantized = quantize_layer(job, layer, calls)
+    job, layer = work.job, work.layer
+    quantized = quantize_layer(work)
 
     def write() -> PackedLayer:
         assert writer is not None

@@ -200,11 +200,13 @@ class ExpertInputs:
 
         Before the down projection nothing is computed: what reads the same input shares it.
         """
-        x_TK = self.x_TH
-        if projection == "down":
-            linear = working_linear(self.module, self.expert)
-            x_TK = expert_inner(cast(Experts, self.module), linear, x_TK)
+        x_TK = self.inner_of(self.x_TH) if projection == "down" else self.x_TH
         return self._probe(projection, x_TK, x_TK.new_zeros(0, 0), None, None)
+
+    def inner_of(self, x_TH: Tensor) -> Tensor:
+        """What the expert's down projection reads for those inputs, as its weights are now."""
+        linear = working_linear(self.module, self.expert)
+        return expert_inner(cast(Experts, self.module), linear, x_TH)
 
     def probes(self) -> dict[str, Probe]:
         """``{projection: probe}``, with outputs and, where the site has them, gradients."""

@@ -13,10 +13,15 @@ from torch import Tensor
 from mxq.numerics import QuantizedWeight
 from mxq.quantizers.gptq import quantize_gptq
 from mxq.quantizers.method import Method, Quantizer
+from mxq.quantizers.refine import quantize_refined
 from mxq.quantizers.rtn import quantize_rtn
 from mxq.scheme import Scheme
 
-QUANTIZERS: Mapping[str, Quantizer] = {"gptq": quantize_gptq, "rtn": quantize_rtn}
+QUANTIZERS: Mapping[str, Quantizer] = {
+    "refined": quantize_refined,
+    "gptq": quantize_gptq,
+    "rtn": quantize_rtn,
+}
 
 
 def per_matrix(quantizer: Quantizer) -> Quantizer:
@@ -56,4 +61,12 @@ def _stack(parts: list[Tensor | None]) -> Tensor | None:
     return torch.stack(present) if len(present) == len(parts) else None
 
 
-__all__ = ["QUANTIZERS", "Method", "Quantizer", "per_matrix", "quantize_gptq", "quantize_rtn"]
+__all__ = [
+    "QUANTIZERS",
+    "Method",
+    "Quantizer",
+    "per_matrix",
+    "quantize_gptq",
+    "quantize_refined",
+    "quantize_rtn",
+]

@@ -19,8 +19,10 @@ from mxq.numerics import (
 )
 from mxq.quantizers.gptq import Columns, gptq_on_grid, make_columns, quantize_gptq, take
 from mxq.quantizers.method import Method
-from mxq.quantizers.moments import isotropic, rotate_moments, second_moments, shrink
+from mxq.quantizers.moments import isotropic, own_share, rotate_moments, second_moments, shrink
+from mxq.quantizers.refine import quantize_refined, refine
 from mxq.quantizers.rtn import find_grid, quantize_rtn, rtn_on_grid
+from mxq.quantizers.target import regress_shift, trusted_share
 from mxq.scheme import Scheme
 
 MIN_HELDOUT_ROWS = 8
@@ -35,13 +37,15 @@ class BatchInputs:
     """What is known of the inputs of several blocks; projections that read the same share it.
 
     ``hessian_BKK`` are second moments; ``judges`` are, for each block, the inputs and squared
-    routing weights on which quantizers are compared. ``part_of`` names the larger batch, and the
-    places in it, of which this is a part.
+    routing weights on which quantizers are compared. ``shift_BKK``, in the unrotated frame, says
+    how the original model's inputs differ (``mxq.quantizers.target``). ``part_of`` names the larger
+    batch, and the places in it, of which this is a part.
     """
 
     hessian_BKK: Tensor
     judges: tuple[tuple[Tensor, Tensor], ...]
     rotated: bool = False
+    shift_BKK: Tensor | None = None
     part_of: "tuple[BatchInputs, list[int]] | None" = None
 
     @cached_property
@@ -56,21 +60,24 @@ class BatchInputs:
     def turned(self) -> "BatchInputs":
         """The same inputs rotated."""
         judges = tuple((rotate(x_TK), weight_T) for x_TK, weight_T in self.judges)
-        return BatchInputs(rotate_moments(self.hessian_BKK), judges, rotated=True)
+        turned_BKK = rotate_moments(self.hessian_BKK)
+        return BatchInputs(turned_BKK, judges, rotated=True, shift_BKK=self.shift_BKK)
 
     def select(self, places: list[int]) -> "BatchInputs":
         """Those of some of the blocks."""
         if places == list(range(len(self.judges))):
             return self
         judges = tuple(self.judges[place] for place in places)
-        return BatchInputs(take(self.hessian_BKK, places), judges, self.rotated, (self, places))
+        hessian_BKK = take(self.hessian_BKK, places)
+        shift_BKK = None if self.shift_BKK is None else take(self.shift_BKK, places)
+        return BatchInputs(hessian_BKK, judges, self.rotated, shift_BKK, (self, places))
 
 
 @dataclass(frozen=True, slots=True)
 class BlockBatch:
     """Blocks of one shape with their inputs: weights [B, N, K], rotated where the inputs are.
 
-    ``plain_BNK`` are the weights as they were.
+    ``w_BNK`` are the weights to come near to, ``plain_BNK`` those of the model.
     """
 
     names: tuple[str, ...]
@@ -104,21 +111,25 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class BlockInputs:
-    """Inputs of one block, or of several that read the same; ``fit_rows`` come first."""
+    """Inputs of one block, or of several that read the same; ``fit_rows`` come first.
+
+    ``origin_TK`` is what the original model has in their place, None to fit to these alone.
+    """
 
     name: str
     x_TK: Tensor
     gate_T: Tensor
     fit_rows: int
+    origin_TK: Tensor | None = None
 
 
 def quantizing_bytes(block: LinearBlock) -> int:
     """Memory to quantize a block.
 
     Its weights and their copies while they are rounded; Hessian and factor of its inputs as they
-    are and rotated, and what a factor is made of.
+    are and rotated, what a factor is made of, and how the original's inputs differ.
     """
-    return 4 * (6 * block.weights + 7 * block.in_features**2)
+    return 4 * (8 * block.weights + 9 * block.in_features**2)
 
 
 def expert_chunks(blocks: Sequence[LinearBlock]) -> Iterator[list[int]]:
@@ -139,17 +150,33 @@ def make_inputs(blocks: Sequence[BlockInputs], prior_KK: Tensor | None) -> Batch
     Raises:
         ValueError: If an input is NaN or infinite; names the block.
     """
-    hessians, judges = [], []
+    hessians, judges, shifts = [], [], []
     for block in blocks:
         check_finite(block.x_TK, f"inputs of {block.name}")
         weight_T = block.gate_T.to(torch.float32).square()
         own = second_moments(block.x_TK[: block.fit_rows], weight_T[: block.fit_rows])
         prior = isotropic(own) if prior_KK is None else prior_KK
         hessians.append(shrink(own, block.fit_rows, prior))
-        enough = len(block.x_TK) - block.fit_rows >= MIN_HELDOUT_ROWS
-        start = block.fit_rows if enough else 0
+        if block.origin_TK is not None:
+            shifts.append(_shift(block, block.origin_TK, weight_T, hessians[-1]))
+        start = block.fit_rows if _has_heldout(block) else 0
         judges.append((block.x_TK[start:].to(torch.float32), weight_T[start:]))
-    return BatchInputs(torch.stack(hessians), tuple(judges))
+    shift_BKK = torch.stack(shifts) if shifts else None
+    return BatchInputs(torch.stack(hessians), tuple(judges), shift_BKK=shift_BKK)
+
+
+def _has_heldout(block: BlockInputs) -> bool:
+    return len(block.x_TK) - block.fit_rows >= MIN_HELDOUT_ROWS
+
+
+def _shift(block: BlockInputs, origin_TK: Tensor, weight_T: Tensor, hessian_KK: Tensor) -> Tensor:
+    """How the original model's inputs differ, as far as held-out tokens confirm it."""
+    fit, held = slice(block.fit_rows), slice(block.fit_rows, None)
+    if not _has_heldout(block):
+        return torch.zeros_like(hessian_KK)
+    share = own_share(block.fit_rows, len(hessian_KK))
+    shift_KK = regress_shift(block.x_TK[fit], origin_TK[fit], weight_T[fit], hessian_KK, share)
+    return shift_KK * trusted_share(shift_KK, block.x_TK[held], origin_TK[held], weight_T[held])
 
 
 def make_batch(names: Sequence[str], weights: Sequence[Tensor], inputs: BatchInputs) -> BlockBatch:
@@ -161,7 +188,10 @@ def make_batch(names: Sequence[str], weights: Sequence[Tensor], inputs: BatchInp
     for name, w_NK in zip(names, weights, strict=True):
         check_finite(w_NK, name)
     plain_BNK = torch.stack([w_NK.to(torch.float32) for w_NK in weights])
-    w_BNK = rotate(plain_BNK) if inputs.rotated else plain_BNK
+    w_BNK = plain_BNK
+    if inputs.shift_BKK is not None:
+        w_BNK = plain_BNK + plain_BNK @ inputs.shift_BKK
+    w_BNK = rotate(w_BNK) if inputs.rotated else w_BNK
     return BlockBatch(tuple(names), w_BNK, inputs, plain_BNK)
 
 
@@ -196,15 +226,15 @@ def _options(
     w_BNK, hessian_BKK = batch.w_BNK, batch.inputs.hessian_BKK
     if scheme.kind != "int" or method.quantizer is quantize_rtn:
         return [(method.name, method.quantizer(w_BNK, scheme, hessian_BKK))]
-    if method.quantizer is not quantize_gptq:
+    if method.quantizer not in (quantize_gptq, quantize_refined):
         own = method.quantizer(w_BNK, scheme, hessian_BKK)
         return [(method.name, own), ("rtn", quantize_rtn(w_BNK, scheme, hessian_BKK))]
     check_groups(w_BNK.shape[-1], scheme)
     grid = find_grid(w_BNK, scheme, hessian_BKK)
-    return [
-        (method.name, gptq_on_grid(w_BNK, scheme, grid, batch.inputs.columns)),
-        ("rtn", rtn_on_grid(w_BNK, scheme, grid)),
-    ]
+    own = gptq_on_grid(w_BNK, scheme, grid, batch.inputs.columns)
+    if method.quantizer is quantize_refined:
+        own = refine(w_BNK, own, hessian_BKK)
+    return [(method.name, own), ("rtn", rtn_on_grid(w_BNK, scheme, grid))]
 
 
 def _pick(

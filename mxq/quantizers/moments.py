@@ -30,8 +30,13 @@ def second_moments(x_TK: Tensor, weight_T: Tensor) -> Tensor:
 
 def shrink(hessian_KK: Tensor, tokens: int, prior_KK: Tensor) -> Tensor:
     """``(n H + n0 P) / (n + n0)``: an expert with few tokens leans on the prior."""
-    prior_tokens = PRIOR_TOKENS_PER_INPUT * hessian_KK.shape[0]
-    return (tokens * hessian_KK + prior_tokens * prior_KK) / (tokens + prior_tokens)
+    share = own_share(tokens, hessian_KK.shape[0])
+    return share * hessian_KK + (1 - share) * prior_KK
+
+
+def own_share(tokens: int, in_features: int) -> float:
+    """``n / (n + n0)``, the weight of a block's own tokens beside the prior."""
+    return tokens / (tokens + PRIOR_TOKENS_PER_INPUT * in_features)
 
 
 def isotropic(hessian_KK: Tensor) -> Tensor:

@@ -128,7 +128,9 @@ def _options(origin: Origin, allocate: AllocateOptions) -> Iterator[tuple[str, s
     menu = spell_menu(origin.measure.schemes, origin.measure.by_projection)
     if menu and allocate.plan is None:
         yield "--schemes", menu
-    yield from _changed(origin.measure, MeasureOptions(), ("sensitivity", "quantizer", "rotation"))
+    yield from _changed(
+        origin.measure, MeasureOptions(), ("sensitivity", "quantizer", "rotation", "target")
+    )
     yield "--calibration", origin.calibration.spec  # its default depends on the model
     counts = ("samples", "seqlen", "seed", "expert_floor")
     yield from _changed(origin.calibration, CalibrationOptions(), counts)

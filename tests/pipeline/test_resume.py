@@ -111,10 +111,12 @@ def test_a_run_killed_at_any_moment_goes_on_and_writes_the_same_bytes(
 # Interrupted, and out of disk
 
 
-@pytest.mark.parametrize("share", [0.3, 0.8])
-def test_an_interrupted_run_says_so_and_goes_on(attempt, command, undisturbed, share, tmp_path):
+@pytest.mark.parametrize(
+    "call", ["mxq.profiling.measure.measure_layer", "mxq.checkpoint.pack.quantize_layer"]
+)
+def test_an_interrupted_run_says_so_and_goes_on(attempt, command, undisturbed, call, tmp_path):
     folder = tmp_path / "out"
-    stop = Stop(seconds=share * undisturbed[1].seconds, signal=signal.SIGINT)
+    stop = Stop(call=call, number=2, signal=signal.SIGINT)
     done = attempt([*command, folder], stop)
     assert done.status == 130, done.stderr
     assert "interrupted; the same command goes on" in one_message(done)
@@ -175,9 +177,9 @@ def layers_done(monkeypatch):
         found["measured"].append(visit.layer)
         return measure(adapter, batches, settings, visit, provenance)
 
-    def quantize_layer(job, layer, calls):
-        found["packed"].append(layer)
-        return quantize(job, layer, calls)
+    def quantize_layer(work):
+        found["packed"].append(work.layer)
+        return quantize(work)
 
     measure, quantize = measuring.measure_layer, packing.quantize_layer
     monkeypatch.setattr(measuring, "measure_layer", measure_layer)
