@@ -88,7 +88,7 @@ def example(hint: Any) -> Any:
 
 _PLAIN = {str: "a", int: 1, float: 1.5, bool: True, Scheme: "w4a16_g128_asym", Path: "a", Any: "a"}
 
-_NAMED = {"scope": "auto", "rotation": "auto", "samples": 2, "seqlen": 2}
+_NAMED = {"scope": "auto", "rotation": "auto", "target": "local", "samples": 2, "seqlen": 2}
 """Fields that take few values."""
 
 

@@ -17,13 +17,15 @@ from mxq.scheme import parse_schemes
 MENU = parse_schemes("w2a16_g32_asym,w3a16_g32_sym,w4a16_grow_asym,w8a8_grow_sym,fp8,bf16")
 
 
-def write_checkpoint(source, folder, *, menu=None, quantizer=quantize_rtn, **adapter_options):
+def write_checkpoint(
+    source, folder, *, menu=None, quantizer=quantize_rtn, target="original", **adapter_options
+):
     """Pack a folder's model with a mix of schemes; the first layer is rotated for MENU only."""
     adapter = ModelAdapter(open_source(source), **adapter_options)
     drawn = random_schemes(adapter, MENU if menu is None else parse_schemes(menu), seed=4)
     plan = make_allocation(adapter, drawn, rotated_layers=(0,) if menu is None else ())
     batches = make_batches(token_ids(4, 16, seed=2), token_ids(1, 16, seed=3))
-    pack(adapter, batches, plan, folder, method=Method("own", quantizer))
+    pack(adapter, batches, plan, folder, method=Method("own", quantizer), target=target)
     return folder
 
 

@@ -310,7 +310,8 @@ def test_each_block_is_fitted_to_the_inputs_that_the_packed_model_gives_it(tmp_p
         seen[w_BNK[0].flatten()[0].item()] = hessian_BKK[0]
         return quantize_rtn(w_BNK, scheme, None)
 
-    folder = write_checkpoint(source, tmp_path / "packed", menu="w2a16_g32_asym", quantizer=spy)
+    options = {"menu": "w2a16_g32_asym", "quantizer": spy, "target": "local"}
+    folder = write_checkpoint(source, tmp_path / "packed", **options)
     inputs = {}
     model = load(folder)
     for name, module in model.named_modules():
