@@ -3,7 +3,7 @@
     python benchmarks/bench_pipeline.py --model MODEL --calibration file:PATH --peers FOLDER \
         --json benchmarks/results/pipeline-NAME.json
 
-Cases, each in a fresh process with cold caches: mxq (eight schemes, GPTQ, every default) on a small
+Cases, each in a fresh process with cold caches: mxq (eight schemes, `--effort fast`) on a small
 model and, with four schemes, on a random one of 10^9 parameters that is written here; AutoRound's
 AutoScheme with export and llm-compressor's GPTQ on the small one, in environments of their own
 (benchmarks/peers/make_environments.sh FOLDER). All get the same token ids and number of threads,

@@ -10,12 +10,13 @@ from speed.goals import Goal, goals_of
 Row = Mapping[str, Any]
 
 NAMES: Mapping[str, str] = {
-    "small/mxq": "mxq: all stages",
-    "small/mxq-one-scheme": "mxq: all stages, one scheme",
+    "small/mxq": "mxq `--effort fast`: all stages",
+    "small/mxq-one-scheme": "mxq `--effort fast`: all stages, one scheme",
+    "small/mxq-balanced": "mxq, default effort: all stages",
     "small/autoround": "AutoScheme on all samples, rounding without tuning, export",
     "small/autoround-default-scoring": "the same, scored on its default of 16 x 128 tokens",
     "small/llmcompressor": "llm-compressor: GPTQ, one scheme",
-    "random/mxq": "mxq: all stages",
+    "random/mxq": "mxq `--effort fast`: all stages",
     "random/llmcompressor": "llm-compressor: GPTQ, one scheme",
 }
 

@@ -51,6 +51,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         samples=len(tokens["fit"]),
         seqlen=tokens["fit"].shape[1],
         schemes=",".join(job["schemes"]),
+        effort=job["effort"],
     )
     total = time.perf_counter() - started
     after = os.times()

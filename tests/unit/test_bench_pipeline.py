@@ -145,6 +145,8 @@ def test_one_scheme_is_the_same_for_mxq_and_llm_compressor(tmp_path):
 def test_jobs_of_one_model_share_tokens_threads_and_budget(tmp_path):
     paths = {"model": tmp_path / "m", "tokens": tmp_path / "t", "room": tmp_path}
     jobs = {case: cases.make_job(case, AMOUNTS, **paths) for case in cases.ORDER}
+    efforts = {case: job["effort"] for case, job in jobs.items() if "effort" in job}
+    assert [case for case in efforts if efforts[case] == "balanced"] == ["small/mxq-balanced"]
     for key in ("model", "tokens", "threads", "output", "row"):
         assert len({job[key] for job in jobs.values()}) == 1, key
     assert jobs["small/mxq"]["bits"] == jobs["small/autoround"]["bits"] == AMOUNTS.bits
@@ -172,6 +174,7 @@ def test_the_random_peer_runs_only_when_asked_for():
     assert cases.chosen_cases("small/mxq", random_peer=False) == [
         "small/mxq",
         "small/mxq-one-scheme",
+        "small/mxq-balanced",
     ]
 
 
