@@ -6,6 +6,7 @@ from checkpoints import make_allocation
 from tiny import save_tiny, token_ids
 from transformers import AutoModelForCausalLM
 
+import mxq
 import mxq.checkpoint.layer as packing
 from mxq.checkpoint.pack import pack
 from mxq.models.adapter import ModelAdapter
@@ -118,3 +119,25 @@ def test_the_whole_is_nearer_to_the_original(model, tmp_path):
             found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
             errors[target] = float((found(input_ids=HELD).logits - wanted).norm())
     assert errors["original"] < 0.97 * errors["local"]
+
+
+@pytest.mark.parametrize(
+    ("options", "target", "quantizer"),
+    [
+        ({}, "original", "refined"),
+        ({"effort": "fast"}, "local", "gptq"),
+        ({"effort": "fast", "target": "original"}, "original", "gptq"),
+        ({"target": "local", "quantizer": "rtn"}, "local", "rtn"),
+    ],
+)
+def test_effort_target_and_quantizer_reach_the_blocks(
+    model, tmp_path, asked, options, target, quantizer
+):
+    text = {"calibration": "demo", "samples": 8, "seqlen": 16}
+    result = mxq.quantize(
+        model, output=tmp_path / "out", plan="uniform:w2a16_grow_asym", **text, **options
+    )
+    assert asked
+    assert {block.origin_TK is None for block in asked.values()} == {target == "local"}
+    assert set(result.packs["plan"].quantizers) <= {quantizer, "rtn"}
+    assert quantizer in result.packs["plan"].quantizers
