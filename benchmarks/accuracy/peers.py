@@ -121,7 +121,7 @@ def _write_job(
 ) -> dict[str, Any]:
     """The job of a runner, of plain JSON values; its tokens are written beside it."""
     tokens = room / "tokens.safetensors"
-    save_file({"fit": bench.calibration, "heldout": bench.calibration[:1]}, tokens)
+    save_file({"fit": bench.calibration}, tokens)
     scheme = Scheme.parse(size.partition("=")[0])
     chosen = {
         block.module: _fields(plan.schemes[block.name] if peer.widths == "mxq" and plan else scheme)
@@ -136,6 +136,7 @@ def _write_job(
         "seed": bench.seed,
         "bits": budget_bits(bench.blocks, size),
         "modules": [block.module for block in bench.blocks],
+        "weights_in_all": sum(block.weights for block in bench.blocks),
         "schemes": None if peer.widths == "own" else chosen,
         "options": dict(setting.options.get(peer.tool, {})),
     }
