@@ -41,8 +41,12 @@ METHODS = (*OWN, *PEERS)
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A seed's bench, its tables, the settings of peers, and the original's log probabilities."""
+    """A seed's bench, its tables, the settings of peers, and the original's log probabilities.
 
+    ``commit`` is that of the code as it was when the run started.
+    """
+
+    commit: str
     bench: Bench
     tables: Tables
     setting: Setting
@@ -65,7 +69,7 @@ def main() -> None:
 
 def _row(run: Run, method: str, size: str) -> dict[str, Any]:
     """One row; with ``skipped`` and the reason if a peer gave none."""
-    row = {"seed": run.bench.seed, "method": method, "size": size, "commit": commit()}
+    row = {"seed": run.bench.seed, "method": method, "size": size, "commit": run.commit}
     started = time.perf_counter()
     try:
         found = _own(run, method, size) if method in OWN else _peer(run, method, size)
@@ -108,7 +112,7 @@ def _open_run(args: argparse.Namespace, seed: int) -> Run:
     bench = open_bench(args.model, options, evaluations)
     setting = Setting(args.peers, args.threads, {"autoround": {"iters": args.autoround_iters}})
     reference = log_probabilities(dense_model(bench), bench.evaluations)
-    return Run(bench, Tables(bench), setting, reference)
+    return Run(commit(), bench, Tables(bench), setting, reference)
 
 
 def _rows(args: argparse.Namespace) -> list[tuple[str, str]]:

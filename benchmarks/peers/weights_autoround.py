@@ -17,8 +17,8 @@ from auto_round.schemes import QuantizationScheme
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import fit_rows, read_job, save_weights, versions, write_row  # noqa: E402
-from run_autoround import serve  # noqa: E402
+from common import fit_rows, read_job, save_weights, versions, write_row
+from run_autoround import serve
 
 OPTIONS = ((2, 128, False), (2, 64, False), (3, 128, False), (4, 128, False), (8, 128, True))
 """Bits, group and symmetry that AutoScheme chooses from; it refuses 8 bits with zero points."""
@@ -47,6 +47,7 @@ def quantize(job: dict[str, Any]) -> dict[str, Any]:
         seed=job["seed"],
         device_map="cpu",
         ignore_layers="self_attn",
+        enable_torch_compile=False,
     )
     rounded, found = rounder.quantize()
     seconds = time.perf_counter() - started

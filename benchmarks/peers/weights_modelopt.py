@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import fit_rows, read_job, save_weights, versions, write_row  # noqa: E402
+from common import fit_rows, read_job, save_weights, versions, write_row
 
 BITS = (2, 3, 4, 8)
 GROUP = 128
@@ -105,9 +105,7 @@ def _linears(model: nn.Module, names: list[str]):  # noqa: ANN202
         if projection == "down_proj":
             yield name, _stored(experts.down_proj[at], experts.down_proj_weight_quantizers[at])
             continue
-        w_NK, scheme = _stored(
-            experts.gate_up_proj[at], experts.gate_up_proj_weight_quantizers[at]
-        )
+        w_NK, scheme = _stored(experts.gate_up_proj[at], experts.gate_up_proj_weight_quantizers[at])
         yield name, (w_NK.chunk(2)[projection == "up_proj"], scheme)
 
 
