@@ -17,6 +17,7 @@ from mxq.config import (
     OutputOptions,
     QuantizeOptions,
     ResourceOptions,
+    of_effort,
     parse_menu,
     parse_size,
 )
@@ -52,7 +53,9 @@ def quantize(  # noqa: PLR0913  (each option stands alone and has a default)
     scope: str = "auto",
     keep: Sequence[str] = (),
     sensitivity: str | Sensitivity = "fisher",
-    quantizer: str | Quantizer = "gptq",
+    effort: str = "balanced",
+    quantizer: str | Quantizer | None = None,
+    target: str | None = None,
     rotation: str = "auto",
     granularity: str = "block",
     tie_gate_up: bool = False,
@@ -94,8 +97,13 @@ def quantize(  # noqa: PLR0913  (each option stands alone and has a default)
         scope: "experts" (the feed-forward side), "all" linears, or "auto".
         keep: Regular expressions of parameters to leave as they are.
         sensitivity: A name in ``SENSITIVITY`` or a ``Sensitivity`` of your own.
+        effort: "balanced", or "fast" for less time and less accuracy; what it sets is in
+            ``mxq.config.EFFORTS``.
         quantizer: A name in ``QUANTIZERS``, or a callable ``(w_NK, scheme, hessian_KK | None) ->
-            QuantizedWeight``.
+            QuantizedWeight``; None is the effort's.
+        target: What blocks are fitted to: "original", their outputs in the original model, or
+            "local", those of their own weights on the inputs that quantized layers give; None is
+            the effort's.
         rotation: "auto" rotates the inputs of a layer where that measures better; "on", "off".
         granularity: What shares a scheme: "block", "expert", "projection" or "layer".
         tie_gate_up: One scheme for the gate and up projections of an expert.
@@ -127,6 +135,8 @@ def quantize(  # noqa: PLR0913  (each option stands alone and has a default)
         ValueError: For anything that the caller can mend, with what to do.
     """
     size_bytes = parse_size(size) if isinstance(size, str) else size
+    usual, target = of_effort(effort, None, target)
+    quantizer = usual if quantizer is None else quantizer
     options = QuantizeOptions(
         model=ModelOptions(str(model), revision, scope, tuple(keep)),
         allocate=AllocateOptions(
@@ -150,7 +160,7 @@ def quantize(  # noqa: PLR0913  (each option stands alone and has a default)
         calibration=CalibrationOptions(
             _named(str(model), calibration), samples, seqlen, seed, expert_floor
         ),
-        measure=_measure_options(schemes, sensitivity, quantizer, rotation),
+        measure=_measure_options(schemes, sensitivity, quantizer, rotation, target),
         resources=ResourceOptions(
             parse_size(memory) if isinstance(memory, str) else memory, force, compute
         ),
@@ -207,6 +217,7 @@ def _measure_options(
     sensitivity: str | Sensitivity,
     quantizer: str | Quantizer,
     rotation: str,
+    target: str,
 ) -> MeasureOptions:
     others, by_projection = _menu(schemes)
     return MeasureOptions(
@@ -215,6 +226,7 @@ def _measure_options(
         quantizer if isinstance(quantizer, str) else OWN,
         rotation,
         by_projection,
+        target,
     )
 
 

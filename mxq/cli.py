@@ -15,6 +15,7 @@ from mxq.cli_options import (
     Calibration,
     Compute,
     Device,
+    Effort,
     Engine,
     Floor,
     FloorBits,
@@ -41,6 +42,7 @@ from mxq.cli_options import (
     Seqlen,
     Size,
     Solver,
+    Target,
     TensorParallel,
     TieGateUp,
     Tokens,
@@ -64,6 +66,7 @@ from mxq.config import (
     QuantizeOptions,
     ResourceOptions,
     TuneOptions,
+    of_effort,
     parse_menu,
     parse_shapes,
     parse_size,
@@ -104,7 +107,9 @@ def quantize(
     expert_floor: Floor = 64,
     schemes: Schemes = None,
     sensitivity: Sensitivity = "fisher",
-    quantizer: Quantizer = "gptq",
+    effort: Effort = "balanced",
+    quantizer: Quantizer = None,
+    target: Target = None,
     rotation: Rotation = "auto",
     granularity: Granularity = "block",
     tie_gate_up: TieGateUp = False,
@@ -151,7 +156,7 @@ def quantize(
             ),
             OutputOptions(output, work, overwrite, guard),
             _calibration(model, calibration, samples, seqlen, seed, expert_floor),
-            _measured(schemes, sensitivity, quantizer, rotation),
+            _measured(schemes, sensitivity, rotation, *of_effort(effort, quantizer, target)),
             ResourceOptions(parse_size(memory), force, compute),
         )
         with _progress(team) as report:
@@ -213,7 +218,9 @@ def measure(
     expert_floor: Floor = 64,
     schemes: Schemes = None,
     sensitivity: Sensitivity = "fisher",
-    quantizer: Quantizer = "gptq",
+    effort: Effort = "balanced",
+    quantizer: Quantizer = None,
+    target: Target = None,
     rotation: Rotation = "auto",
     memory: Memory = "8GiB",
     force: Force = False,
@@ -224,7 +231,7 @@ def measure(
     def run(team: Team) -> None:
         options = ModelOptions(model, revision, scope, tuple(keep or ()))
         text = _calibration(model, calibration, samples, seqlen, seed, expert_floor)
-        measured = _measured(schemes, sensitivity, quantizer, rotation)
+        measured = _measured(schemes, sensitivity, rotation, *of_effort(effort, quantizer, target))
         resources = ResourceOptions(parse_size(memory), force, compute)
         space = open_workspace(work, resources, team)
         adapter = pipeline.open_adapter(options, space.device)
@@ -360,10 +367,10 @@ def _progress(team: Team) -> AbstractContextManager[Report | None]:
 
 
 def _measured(
-    schemes: str | None, sensitivity: str, quantizer: str, rotation: str
+    schemes: str | None, sensitivity: str, rotation: str, quantizer: str, target: str
 ) -> MeasureOptions:
     others, by_projection = ((), {}) if schemes is None else parse_menu(schemes)
-    return MeasureOptions(others, sensitivity, quantizer, rotation, by_projection)
+    return MeasureOptions(others, sensitivity, quantizer, rotation, by_projection, target)
 
 
 def _schemes(text: str | None) -> tuple[Scheme, ...]:

@@ -114,11 +114,32 @@ Sensitivity = Annotated[
         rich_help_panel=MEASURING,
     ),
 ]
-Quantizer = Annotated[
+Effort = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="gptq, or rtn (round to nearest); both search the clip of each group.",
+        help="Time for accuracy: balanced, or fast, which loses more, most of all below 4 bits. "
+        "Sets --quantizer and --target where they are not given.",
+        rich_help_panel=MEASURING,
+    ),
+]
+Quantizer = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="refined (GPTQ, then codes and scales again and again), gptq, or rtn (round to "
+        "nearest); all search the clip of each group.",
+        show_default="refined; gptq if fast",
+        rich_help_panel=MEASURING,
+    ),
+]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="What blocks are fitted to: original (their outputs in the original model) or local "
+        "(those of their own weights, on inputs from quantized layers).",
+        show_default="original; local if fast",
         rich_help_panel=MEASURING,
     ),
 ]

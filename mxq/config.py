@@ -16,6 +16,12 @@ ROTATIONS = ("auto", "on", "off")
 GRANULARITIES = ("block", "expert", "projection", "layer")
 OBJECTIVES = ("loss", "mxmoe")
 TARGETS = ("original", "local")
+EFFORTS: Mapping[str, tuple[str, str]] = {
+    "fast": ("gptq", "local"),
+    "balanced": ("refined", "original"),
+}
+"""Quantizer and target by effort: how much time accuracy is worth."""
+
 OWN = "own"
 """Stands for a callable of the caller's in place of a name."""
 
@@ -260,6 +266,17 @@ class QuantizeOptions:
     calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
     measure: MeasureOptions = field(default_factory=MeasureOptions)
     resources: ResourceOptions = field(default_factory=ResourceOptions)
+
+
+def of_effort(effort: str, quantizer: str | None, target: str | None) -> tuple[str, str]:
+    """Quantizer and target: those that are named, the effort's where none is.
+
+    Raises:
+        ValueError: If there is no such effort.
+    """
+    check_choice("effort", effort, tuple(EFFORTS))
+    usual_quantizer, usual_target = EFFORTS[effort]
+    return quantizer or usual_quantizer, target or usual_target
 
 
 def parse_size(text: str) -> int:

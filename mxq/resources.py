@@ -28,6 +28,7 @@ from mxq.models.adapter import ModelAdapter
 from mxq.models.sweep import BATCH_TOKENS
 from mxq.profiling.losses import MeasureSettings
 from mxq.quantizers.choose import BATCH_BYTES, quantizing_bytes
+from mxq.quantizers.refine import SWEEPS
 from mxq.workspace import CalibrationTokens
 
 LIBRARIES_BYTES = 512 * 2**20
@@ -38,6 +39,9 @@ FLOAT_BYTES = 4
 
 STAGES = ("profile", "measure", "pack", "measured loss")
 """Those that take time."""
+
+_PRODUCTS = {"rtn": 0.0, "gptq": 1.0, "refined": 2.0 + SWEEPS}
+"""What a quantizer's columns take, in units of N K^2 multiply-adds, beside the clip search."""
 
 _WITHOUT_GRADIENTS = MeasureOptions(sensitivity="output_mse")
 """Of stages that measure nothing, so they keep no gradients."""
@@ -311,11 +315,12 @@ def _memory(sizes: Sizes, work: Workload) -> dict[str, int]:
 def _activations(sizes: Sizes, work: Workload) -> tuple[int, int]:
     """Bytes of kept activations: hidden states, and inputs and gradients of a layer's sites."""
     gradients = work.settings.sensitivity.needs_gradients
-    depth = len(sizes.blocks) + 2 if gradients else 2
+    passes = 2 if work.plans else 1  # the same tokens pass the original layers beside
+    depth = max(len(sizes.blocks) + 2 if gradients else 0, 2 * passes)
     cold = FLOAT_BYTES * work.tokens * sizes.hidden * depth
     widths = max(_activation_widths(sizes, layer) for layer in range(len(sizes.blocks)))
     # Each batch's, and those of all batches in one.
-    return cold, 2 * FLOAT_BYTES * work.tokens * widths * (2 if gradients else 1)
+    return cold, 2 * FLOAT_BYTES * work.tokens * widths * (2 if gradients else passes)
 
 
 def _activation_widths(sizes: Sizes, layer: int) -> int:
@@ -345,13 +350,13 @@ def _seconds(sizes: Sizes, work: Workload, rates: Rates) -> dict[str, float]:
     forward = 2.0 * active / rates.operations_per_second
     read = sizes.stored_bytes / rates.read_bytes_per_second
     integers = [scheme for scheme in work.settings.schemes if scheme.kind == "int"]
-    gptq = work.settings.method.name != "rtn"
+    products = _PRODUCTS.get(work.settings.method.name, 1.0)
     tries = 2 if work.settings.rotation == "auto" else 1
     # Blocks are dealt to the processes; every one of them runs the layers.
-    one = _one_scheme(blocks, rates, gptq) / work.processes
+    one = _one_scheme(blocks, rates, products) / work.processes
     # The cheapest scheme is tried both ways. Second moments and, for GPTQ, their factors are made
     # once for all schemes of a visit.
-    moments = _moments(sizes, blocks, work.fit_tokens) + (_factors(blocks) if gptq else 0.0)
+    moments = _moments(sizes, blocks, work.fit_tokens) + bool(products) * _factors(blocks)
     moments /= rates.operations_per_second * work.processes
     # Forward twice and backward once, or forward once; the experts' probes; outputs by scheme.
     runs = (5 if work.settings.sensitivity.needs_gradients else 3) + 2 * len(work.settings.schemes)
@@ -359,20 +364,16 @@ def _seconds(sizes: Sizes, work: Workload, rates: Rates) -> dict[str, float]:
     return {
         "profile": read + 2 * forward * work.tokens,
         "measure": 2 * read + runs * forward * work.tokens + measured,
-        "pack": work.plans * (read + 3 * forward * work.tokens + one + moments),
+        "pack": work.plans * (read + 4 * forward * work.tokens + one + 2 * moments),
         "measured loss": (1 + work.plans) * (read + forward * work.heldout_tokens),
     }
 
 
-def _one_scheme(blocks: Sequence[LinearBlock], rates: Rates, gptq: bool) -> float:
-    """Seconds to quantize every block once."""
-    weights = sum(block.weights for block in blocks)
-    search = weights / rates.searched_weights_per_second
-    if not gptq:
-        return search
-    # Round to nearest, beside it, takes the same grid; the columns are N K^2 multiply-adds.
-    products = sum(2.0 * b.weights * b.in_features for b in blocks)
-    return search + products / rates.operations_per_second
+def _one_scheme(blocks: Sequence[LinearBlock], rates: Rates, products: float) -> float:
+    """Seconds to quantize every block once, by so many times N K^2 multiply-adds."""
+    search = sum(block.weights for block in blocks) / rates.searched_weights_per_second
+    operations = sum(2.0 * block.weights * block.in_features for block in blocks)
+    return search + products * operations / rates.operations_per_second
 
 
 def _factors(blocks: Sequence[LinearBlock]) -> float:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 
 from mxq.artifacts import BlockInfo
+from mxq.counted import counted
 from mxq.engines.blocks import fused_linear
 from mxq.engines.deployment import ConfigGroup, Deployment, Exported, Finding
 from mxq.engines.formats import DENSE
@@ -76,7 +77,7 @@ def fused_name(rule: Rule, block: BlockInfo) -> str | None:
 
 def _overridden(rule: Rule, deployment: Deployment, exported: Exported) -> Finding | None:
     names = exported.overrides
-    return Finding(rule, names, f"it has {len(names)} patterns") if names else None
+    return Finding(rule, names, f"it has {counted(len(names), 'pattern')}") if names else None
 
 
 def _renamed(rule: Rule, deployment: Deployment, exported: Exported) -> Finding | None:

@@ -72,10 +72,16 @@ class _Descent:
     def sweep(self) -> None:
         """Every group once: its scale, then its columns."""
         for group in range(self.scale_BGN.shape[1]):
-            self._fit_scale(group)
             start, stop = group * self.group, (group + 1) * self.group
+            before_BCN = self.steps_BKN[:, start:stop] * self.scale_BGN[:, group, None]
+            self._fit_scale(group)
             for first in range(start, stop, COLUMN_BLOCK):
                 self._round(group, first, min(first + COLUMN_BLOCK, stop))
+            after_BCN = self.steps_BKN[:, start:stop] * self.scale_BGN[:, group, None]
+            # Columns of the group know of each other already.
+            for others in (slice(start), slice(stop, None)):
+                rows_BKC = self.hessian_BKK[:, others, start:stop]
+                self.slope_BKN[:, others] += rows_BKC @ (after_BCN - before_BCN)
 
     def result(self) -> QuantizedWeight:
         """The weight as it is now."""
@@ -89,35 +95,31 @@ class _Descent:
         steps_BCN = self.steps_BKN[:, part]
         curved_BCN = self.hessian_BKK[:, part, part] @ steps_BCN
         norm_BN = (steps_BCN * curved_BCN).sum(1)
-        gain_BN = (steps_BCN * self.slope_BKN[:, part]).sum(1) / norm_BN.clamp(min=1e-30)
+        excess_BN = (steps_BCN * self.slope_BKN[:, part]).sum(1) / norm_BN.clamp(min=1e-30)
         old_BN = self.scale_BGN[:, group].clone()
-        new_BN = (old_BN - gain_BN).clamp(SCALE_MIN, SCALE_MAX).half().float()
+        new_BN = (old_BN - excess_BN).clamp(SCALE_MIN, SCALE_MAX).half().float()
         # A scale is positive: codes that would fit better with the other sign keep theirs.
-        new_BN = torch.where((norm_BN > 0) & (old_BN > gain_BN), new_BN, old_BN)
+        new_BN = torch.where((norm_BN > 0) & (old_BN > excess_BN), new_BN, old_BN)
         self.scale_BGN[:, group] = new_BN
-        self._spread(part, steps_BCN * (new_BN - old_BN)[:, None])
+        self.slope_BKN[:, part] += curved_BCN * (new_BN - old_BN)[:, None]
 
     def _round(self, group: int, start: int, stop: int) -> None:
-        """Round some columns of a group again, one after the other."""
-        part = slice(start, stop)
+        """Round some columns of a group again, one after the other; tell the group."""
         scale_BN, zero_BN = self.scale_BGN[:, group], self.zero_BGN[:, group]
         low_BN, high_BN = -zero_BN, self.top - zero_BN
-        slope_BCN, block_BCC = self.slope_BKN[:, part].clone(), self.hessian_BKK[:, part, part]
+        slope_BCN = self.slope_BKN[:, start:stop].clone()
+        block_BCC = self.hessian_BKK[:, start:stop, start:stop]
         changes_BCN = torch.empty_like(slope_BCN)
         for place in range(stop - start):
             steps_BN = self.steps_BKN[:, start + place]
             curve_BN = scale_BN * self.diagonal_BK[:, start + place, None]
             best_BN = (steps_BN - slope_BCN[:, place] / curve_BN).round_()
             best_BN = torch.minimum(torch.maximum(best_BN, low_BN), high_BN)
-            change_BN = (best_BN - steps_BN) * scale_BN
+            changes_BCN[:, place] = (best_BN - steps_BN) * scale_BN
             self.steps_BKN[:, start + place] = best_BN
-            changes_BCN[:, place] = change_BN
-            slope_BCN += block_BCC[:, :, place, None] * change_BN[:, None, :]
-        self._spread(part, changes_BCN)
-
-    def _spread(self, part: slice, change_BCN: Tensor) -> None:
-        """Tell all columns of a change of some."""
-        self.slope_BKN += self.hessian_BKK[:, :, part] @ change_BCN
+            slope_BCN[:, place:] += block_BCC[:, place:, place, None] * changes_BCN[:, place, None]
+        own = slice(group * self.group, (group + 1) * self.group)
+        self.slope_BKN[:, own] += self.hessian_BKK[:, own, start:stop] @ changes_BCN
 
     def _of_columns(self, grid_BGN: Tensor) -> Tensor:
         """Values of groups, repeated for each of their columns."""

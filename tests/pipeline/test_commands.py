@@ -236,7 +236,10 @@ def test_an_infeasible_budget_ends_with_one_line_and_no_output(model, text, tmp_
         (["--bits", "3", "--keep", "("], "--keep '(' is not a regular expression"),
         (["--bits", "3", "--scope", "most"], "scope 'most' is unknown; choose one of auto"),
         (["--bits", "3", "--rotation", "x"], "rotation 'x' is unknown; choose one of auto, on"),
-        (["--bits", "3", "--quantizer", "x"], "quantizer 'x' is unknown; choose one of gptq, rtn"),
+        (
+            ["--bits", "3", "--quantizer", "x"],
+            "quantizer 'x' is unknown; choose one of gptq, refined, rtn",
+        ),
         (["--bits", "3", "--sensitivity", "x"], "sensitivity 'x' is unknown; choose one of"),
         (["--bits", "3", "--granularity", "x"], "granularity 'x' is unknown; choose one of block"),
         (["--bits", "3", "--device", "h200", "--max-latency", "1"], "--max-latency needs"),

@@ -58,7 +58,8 @@ def original(family, tmp_path_factory):
 @pytest.fixture(scope="module")
 def packed(original, tmp_path_factory):
     """Weight-only schemes, "gptq", every linear of the layers, the second layer rotated."""
-    return pack_mix(original, tmp_path_factory.mktemp("packed"), WEIGHT_ONLY, method="gptq")
+    folder = tmp_path_factory.mktemp("packed")
+    return pack_mix(original, folder, WEIGHT_ONLY, method="gptq", target="local")
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +68,13 @@ def packed_inputs(original, tmp_path_factory):
     return pack_mix(original, tmp_path_factory.mktemp("packed"), WITH_INPUTS, method="rtn")
 
 
-def pack_mix(original, folder, menu, *, method):
+def pack_mix(original, folder, menu, *, method, target="original"):
     adapter = ModelAdapter(open_source(original), scope="all")
     schemes = random_schemes(adapter, menu, seed=1)
     plan = make_allocation(adapter, schemes, rotated_layers=(1,))
     batches = make_batches(token_ids(6, 16, seed=2), token_ids(2, 16, seed=3))
-    report = pack(adapter, batches, plan, folder, method=Method(method, QUANTIZERS[method]))
+    method = Method(method, QUANTIZERS[method])
+    report = pack(adapter, batches, plan, folder, method=method, target=target)
     return Packed(original, adapter, plan, folder, report)
 
 

@@ -18,6 +18,7 @@ from mxq import finish, pipeline, profile_stage
 from mxq.checkpoint import pack as packing
 from mxq.locks import LOCK
 from mxq.profiling import measure as measuring
+from mxq.publish import record_files
 from mxq.quantizers import quantize_rtn
 from mxq.workspace import Workspace
 
@@ -81,6 +82,12 @@ def without_path(text, folder):
 # Killed
 
 
+def test_what_a_killed_writer_left_is_no_file_of_a_checkpoint(tmp_path):
+    for name in ("config.json", "model-0.safetensors", ".tmpnbGc44"):
+        (tmp_path / name).write_text(name)
+    assert list(record_files(tmp_path)) == ["model-0.safetensors", "config.json"]
+
+
 def test_a_run_killed_at_any_moment_goes_on_and_writes_the_same_bytes(
     attempt, command, undisturbed, tmp_path
 ):
@@ -104,10 +111,12 @@ def test_a_run_killed_at_any_moment_goes_on_and_writes_the_same_bytes(
 # Interrupted, and out of disk
 
 
-@pytest.mark.parametrize("share", [0.3, 0.8])
-def test_an_interrupted_run_says_so_and_goes_on(attempt, command, undisturbed, share, tmp_path):
+@pytest.mark.parametrize(
+    "call", ["mxq.profiling.measure.measure_layer", "mxq.checkpoint.pack.quantize_layer"]
+)
+def test_an_interrupted_run_says_so_and_goes_on(attempt, command, undisturbed, call, tmp_path):
     folder = tmp_path / "out"
-    stop = Stop(seconds=share * undisturbed[1].seconds, signal=signal.SIGINT)
+    stop = Stop(call=call, number=2, signal=signal.SIGINT)
     done = attempt([*command, folder], stop)
     assert done.status == 130, done.stderr
     assert "interrupted; the same command goes on" in one_message(done)
@@ -168,9 +177,9 @@ def layers_done(monkeypatch):
         found["measured"].append(visit.layer)
         return measure(adapter, batches, settings, visit, provenance)
 
-    def quantize_layer(job, layer, calls):
-        found["packed"].append(layer)
-        return quantize(job, layer, calls)
+    def quantize_layer(work):
+        found["packed"].append(work.layer)
+        return quantize(work)
 
     measure, quantize = measuring.measure_layer, packing.quantize_layer
     monkeypatch.setattr(measuring, "measure_layer", measure_layer)
