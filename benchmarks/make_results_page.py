@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from accuracy.page import accuracy_section, readme_table
+from accuracy.ranking import ranking_section
 from compiled_page import compiled_sections
 from group_gemm.page import timing_sections
 from speed.page import speed_sections
@@ -32,6 +33,8 @@ def main() -> None:
     ]
     for path in sorted(RESULTS.glob("accuracy-*.json")):
         parts += accuracy_section(path.name, json.loads(path.read_text()))
+    for path in sorted(RESULTS.glob("ranking-*.json")):
+        parts += ranking_section(path.name, json.loads(path.read_text()))
     for path in sorted(RESULTS.glob("solver-*.json")):
         parts += solver_section(path.name, json.loads(path.read_text()))
     parts += speed_sections(

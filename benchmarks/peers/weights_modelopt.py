@@ -10,6 +10,7 @@ and "do not quantize", which it always adds. AWQ is left out: it has none for fu
 import copy
 import sys
 import time
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,9 @@ def _loss(logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
     return nn.functional.cross_entropy(logits[0, :-1], batch["input_ids"][0, 1:])
 
 
-def _linears(model: nn.Module, names: list[str]):  # noqa: ANN202
+def _linears(
+    model: nn.Module, names: list[str]
+) -> Iterator[tuple[str, tuple[Tensor, dict[str, Any]]]]:
     """``name of the linear -> (w_NK as it is stored, scheme)``; fused experts are taken apart."""
     for name in names:
         parent, _, projection = name.rpartition(".")
