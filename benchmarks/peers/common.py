@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 
@@ -27,8 +27,12 @@ def write_row(job: dict[str, Any], row: dict[str, Any]) -> None:
 
 def calibration(job: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Token ids [samples, tokens] to calibrate on, and those held out."""
-    tokens = load_file(job["tokens"])
-    return tokens["fit"], tokens["heldout"]
+    return fit_rows(job), load_file(job["tokens"])["heldout"]
+
+
+def fit_rows(job: dict[str, Any]) -> Tensor:
+    """Token ids [samples, tokens] to calibrate on."""
+    return load_file(job["tokens"])["fit"]
 
 
 @torch.no_grad()
@@ -44,6 +48,12 @@ def mean_nll(model: nn.Module, ids: Tensor) -> float:
 def versions(*names: str) -> dict[str, str]:
     """Installed versions."""
     return {name: version(name) for name in (*names, "torch", "transformers")}
+
+
+def save_weights(job: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    """Write what linears decode to, ``name of the linear -> w_NK``, where the job says."""
+    tensors = {f"{name}.weight": w.detach().float().contiguous() for name, w in weights.items()}
+    save_file(tensors, job["weights"])
 
 
 class Stopwatch:

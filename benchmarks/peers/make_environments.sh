@@ -7,7 +7,7 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 folder="${1:?name the folder of the environments}"
 python="${2:-python3}"
 
-for peer in autoround llmcompressor; do
+for peer in autoround llmcompressor modelopt; do
     if [[ ! -x "$folder/$peer/bin/python" ]]; then "$python" -m venv "$folder/$peer"; fi
     pip=("$folder/$peer/bin/python" -m pip install --quiet)
     "${pip[@]}" "$(grep '^torch==' "$here/$peer.txt")"

@@ -33,7 +33,7 @@ def main() -> None:
 def quantize(job: dict[str, Any]) -> dict[str, Any]:
     """Choose schemes and export; the evaluation is a job of its own, for a process of its own."""
     fit, _ = calibration(job)
-    served = _serve(fit)
+    served = serve(fit)
     watch = Stopwatch()
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
@@ -74,7 +74,7 @@ def evaluate(job: dict[str, Any]) -> dict[str, Any]:
     return {"nll": mean_nll(model.eval(), heldout)}
 
 
-def _serve(fit: torch.Tensor) -> list[list[int]]:
+def serve(fit: torch.Tensor) -> list[list[int]]:
     """Make every data loader give rows of ``fit``; the shapes that were asked for."""
     served: list[list[int]] = []
 

@@ -42,24 +42,29 @@ def run_case(
         forget_pages(model)
         load = os.getloadavg()[0]
         started = time.perf_counter()
-        row = _start(python, case, job, room, amounts.threads)
+        runner = RUNNERS[tool_of(case)]
+        row = run_job(python, runner, job, room)
         row |= {"process_s": time.perf_counter() - started, "load_at_start": load}
         if "error" not in row and tool_of(case) == "autoround":
             # In a process of its own: a model that was rounded is not what is in the file.
-            row |= _start(python, case, {**job, "task": "evaluate"}, room, amounts.threads)
+            row |= run_job(python, runner, {**job, "task": "evaluate"}, room)
         return {"case": case, "samples": amounts.samples(case), **row}
     finally:
         shutil.rmtree(room, ignore_errors=True)
 
 
-def _start(
-    python: Path, case: str, job: Mapping[str, Any], room: Path, threads: int
-) -> dict[str, Any]:
+def run_job(python: Path, runner: Path, job: Mapping[str, Any], room: Path) -> dict[str, Any]:
+    """Give a job to a runner in a fresh process; what it wrote to ``job["row"]``, or ``error``.
+
+    The process has ``job["threads"]`` threads, no network, and keeps its caches in ``room``.
+    """
+    # A peer must not see packages of our environment.
+    is_own = str(python) == sys.executable
     done = subprocess.run(
-        [str(python), str(RUNNERS[tool_of(case)])],
+        [str(python), str(runner)],
         input=json.dumps(job),
         cwd=room,
-        env=_environment(room, threads, tool_of(case)),
+        env=_environment(room, job["threads"], is_own=is_own),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -74,10 +79,9 @@ def _start(
     return found
 
 
-def _environment(room: Path, threads: int, tool: str) -> dict[str, str]:
+def _environment(room: Path, threads: int, *, is_own: bool) -> dict[str, str]:
     """The same threads for all, nothing from the network, every cache in an empty folder."""
-    # A peer must not see packages of our environment.
-    kept = {k: v for k, v in os.environ.items() if tool == "mxq" or k != "PYTHONPATH"}
+    kept = {k: v for k, v in os.environ.items() if is_own or k != "PYTHONPATH"}
     caches = {
         name: str(room / name.lower())
         for name in (

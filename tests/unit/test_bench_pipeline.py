@@ -89,7 +89,7 @@ def test_a_run_of_mxq_is_counted_where_functions_were_imported_by_name(tmp_path)
         tokens=tmp_path / "tokens.safetensors",
         room=tmp_path,
     )
-    row = processes._start(Path(sys.executable), "small/mxq", job, tmp_path, 1)
+    row = processes.run_job(Path(sys.executable), processes.RUNNERS["mxq"], job, tmp_path)
     assert "error" not in row, row
     seconds = {(entry["stage"], entry["part"]): entry["wall_s"] for entry in row["clock"]}
     assert sum(seconds.values()) == pytest.approx(row["total_s"], rel=0.05)
@@ -189,9 +189,9 @@ def test_peers_run_with_empty_caches_and_without_our_packages(tmp_path, monkeypa
     monkeypatch.setenv("PYTHONPATH", "ours")
     monkeypatch.setenv("AR_AUTO_SCHEME_CACHE", "warm")
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    theirs = processes._environment(tmp_path, 2, "autoround")
+    theirs = processes._environment(tmp_path, 2, is_own=False)
     assert "PYTHONPATH" not in theirs
-    assert processes._environment(tmp_path, 2, "mxq")["PYTHONPATH"] == "ours"
+    assert processes._environment(tmp_path, 2, is_own=True)["PYTHONPATH"] == "ours"
     assert theirs["AR_AUTO_SCHEME_CACHE"].startswith(str(tmp_path))
     assert theirs["OMP_NUM_THREADS"] == "2"
 
@@ -200,7 +200,7 @@ def test_a_runner_that_fails_gives_a_row_with_the_end_of_its_output(tmp_path):
     job = cases.make_job(
         "small/mxq", AMOUNTS, model=tmp_path / "none", tokens=tmp_path / "none", room=tmp_path
     )
-    row = processes._start(Path("/bin/false"), "small/mxq", job, tmp_path, 1)
+    row = processes.run_job(Path("/bin/false"), processes.RUNNERS["mxq"], job, tmp_path)
     assert row["error"].startswith("exit status 1")
 
 

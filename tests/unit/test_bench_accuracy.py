@@ -1,0 +1,245 @@
+"""The logic of ``benchmarks/bench_accuracy.py``: counted bits, jobs and results of peers, goals."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import bench_accuracy  # noqa: E402
+from accuracy import bench, goals, page, peers  # noqa: E402
+
+from mxq.blocks import LinearBlock  # noqa: E402
+from mxq.scheme import Scheme  # noqa: E402
+
+UP = LinearBlock("layers.0.up", 0, None, "up", 8, 256, "m.0.up.weight", "m.0.up")
+DOWN = LinearBlock("layers.0.down", 0, None, "down", 16, 128, "m.0.down.weight", "m.0.down")
+BLOCKS = (UP, DOWN)
+TWO = Scheme.parse("w2a16_g128_asym")
+EIGHT = Scheme.parse("w8a16_grow_sym")
+
+
+def on_grid(block, levels):
+    """A weight whose every group of 128 has the values 0, 1, ... of that many levels."""
+    rows = torch.arange(block.in_features) % levels
+    return (rows * 0.37 - 0.5).expand(block.out_features, -1).clone()
+
+
+def row_of(method, size, seed, kl, bits=3.1, **more):
+    return {
+        "method": method,
+        "size": size,
+        "seed": seed,
+        "kl": kl,
+        "bits": bits,
+        "commit": "abc",
+        "excess_nats": 0.1,
+        "top1_agreement": 0.9,
+        "predicted": None,
+        "heldout_tokens": 7,
+        "domains": {"books": {"kl": kl}},
+        **more,
+    }
+
+
+def test_bits_of_codes_scales_and_zero_points_add_up_by_hand():
+    found = bench.stored_bits(BLOCKS, {UP.name: TWO, DOWN.name: EIGHT})
+    # 8 x 256 of 2 bits in 2 groups: 4096 + 16 scales of 16 and zeros of 2; 16 x 128 of 8: 16384
+    # and 16 scales.
+    assert found == {
+        "bits": (4096 + 256 + 32 + 16384 + 256) / 4096,
+        "codes": (4096 + 16384) / 4096,
+        "zeros": 32 / 4096,
+        "scales": (256 + 256) / 4096,
+    }
+    more = bench.stored_bits(BLOCKS, {UP.name: TWO, DOWN.name: EIGHT}, more_bits=4096)
+    assert more == {**found, "bits": found["bits"] + 1, "other": 1.0}
+
+
+def test_a_size_is_its_own_number_or_that_of_its_scheme():
+    assert bench.budget_bits(BLOCKS, "w2a16_g64_asym=2.5") == 2.5
+    assert bench.budget_bits(BLOCKS, "w2a16_g128_asym") == 2 + 18 / 128
+
+
+def test_a_group_with_more_values_than_codes_is_refused():
+    schemes = {UP.name: TWO, DOWN.name: EIGHT}
+    good = {UP.name: on_grid(UP, 4), DOWN.name: torch.randn(16, 128)}
+    peers.check_grids(BLOCKS, good, schemes)
+    shifted = good[UP.name].clone()
+    # Another group may lie elsewhere, and one value of it may not.
+    shifted[:, 128:] += 3
+    peers.check_grids(BLOCKS, {**good, UP.name: shifted}, schemes)
+    shifted[7, 200] += 0.01
+    with pytest.raises(peers.PeerError, match=r"m\.0\.up: a group has 5 values.*has 4"):
+        peers.check_grids(BLOCKS, {**good, UP.name: shifted}, schemes)
+
+
+@pytest.fixture
+def setting(tmp_path):
+    """A bench of two blocks, and the options of a peer."""
+    source = type("Source", (), {"folder": tmp_path})
+    adapter = type("Adapter", (), {"source": source, "blocks": lambda self: BLOCKS})()
+    rows = torch.arange(12).reshape(3, 4)
+    return (
+        bench.Bench(adapter, None, rows, (), 5),
+        peers.Setting(tmp_path, 1, {"toy": {"iters": 9}}),
+    )
+
+
+RUNNER = """
+import json, sys
+from pathlib import Path
+from safetensors.numpy import load_file, save_file
+import numpy
+job = json.load(sys.stdin)
+assert load_file(job["tokens"])["fit"].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+assert (job["seed"], job["options"], job["threads"]) == (5, {"iters": 9}, 1)
+shapes = {"m.0.up": (8, 256), "m.0.down": (16, 128)}
+schemes = job["schemes"] or {n: {"bits": 4, "group_size": None, "symmetric": True} for n in shapes}
+save_file({f"{n}.weight": numpy.ones(shapes[n], numpy.float32) for n in NAMES}, job["weights"])
+row = {"schemes": {n: schemes[n] for n in NAMES}, "settings": job["bits"], "versions": {}}
+Path(job["row"]).write_text(json.dumps(row))
+"""
+
+
+def run_toy(monkeypatch, tmp_path, setting, widths, names, plan=None):
+    runner = tmp_path / "weights_toy.py"
+    runner.write_text(RUNNER.replace("NAMES", repr(names)))
+    monkeypatch.setattr(peers.Peer, "runner", runner)
+    monkeypatch.setattr(peers, "python_of", lambda tool, folder: Path(sys.executable))
+    judged = {}
+    monkeypatch.setattr(
+        peers, "judge_weights", lambda bench, weights, reference: judged.update(weights) or {}
+    )
+    peer = peers.Peer("toy", widths)
+    found = peers.judge_peer(setting[0], peer, "w2a16_g64_asym=2.5", plan, setting[1], [])
+    return found, judged
+
+
+@pytest.mark.parametrize(
+    ("widths", "schemes"),
+    [
+        ("uniform", {"w2a16_g64_asym": 2}),
+        ("own", {"w4a16_grow_sym": 2}),
+        ("mxq", {"w2a16_g128_asym": 1, "w8a16_grow_sym": 1}),
+    ],
+)
+def test_a_peer_gets_the_widths_of_its_row(monkeypatch, tmp_path, setting, widths, schemes):
+    plan = type("Plan", (), {"schemes": {UP.name: TWO, DOWN.name: EIGHT}})
+    names = ["m.0.up", "m.0.down"]
+    found, judged = run_toy(monkeypatch, tmp_path, setting, widths, names, plan)
+    assert found["schemes"] == schemes
+    assert found["settings"] == 2.5  # the budget
+    assert {name: tuple(w.shape) for name, w in judged.items()} == {
+        UP.name: (8, 256),
+        DOWN.name: (16, 128),
+    }
+
+
+def test_a_peer_that_left_out_a_linear_has_no_row(monkeypatch, tmp_path, setting):
+    with pytest.raises(peers.PeerError, match=r"quantize 2 linears and gave 1: m\.0\.down"):
+        run_toy(monkeypatch, tmp_path, setting, "own", ["m.0.up"])
+
+
+def test_a_failed_peer_says_what_it_said(monkeypatch, tmp_path, setting):
+    with pytest.raises(peers.PeerError, match=r"KeyError: 'm\.9'"):
+        run_toy(monkeypatch, tmp_path, setting, "own", ["m.9"])
+
+
+def test_a_peer_that_is_not_installed_is_named(setting):
+    absent = replace(setting[1], environments=None)
+    with pytest.raises(peers.PeerError, match="no environment modelopt in --peers None"):
+        peers.judge_peer(setting[0], peers.PEERS["modelopt"], "w2a16_g128_asym", None, absent, [])
+
+
+def test_a_skipped_row_gives_way_and_rows_keep_their_order(tmp_path):
+    path = tmp_path / "r.json"
+    results = {"rows": [], "skipped": []}
+    third = "w3a16_g128_asym"
+    skipped = {"seed": 0, "method": "modelopt", "size": third, "skipped": "no CUDA"}
+    bench_accuracy._add(results, skipped, path)
+    assert not bench_accuracy._has(results, 0, "modelopt", third)
+    for method, size, seed in (("modelopt", third, 0), ("mxq", third, 1), ("mxq", third, 0)):
+        bench_accuracy._add(results, row_of(method, size, seed, 0.1, seconds=1.0), path)
+    bench_accuracy._add(results, row_of("rtn", "w2a16_g64_asym=2.5", 0, 0.1, seconds=1.0), path)
+    found = json.loads(path.read_text())
+    assert found["skipped"] == []
+    assert [(row["seed"], row["method"]) for row in found["rows"]] == [
+        *((0, "rtn"), (0, "mxq"), (0, "modelopt"), (1, "mxq"))
+    ]
+
+
+def test_shares_compare_the_seeds_that_both_rows_have():
+    rows = [row_of("mxq", "s=3", seed, kl) for seed, kl in ((0, 1.0), (1, 3.0), (2, 50.0))]
+    rows += [row_of("gptq", "s=3", seed, kl) for seed, kl in ((0, 4.0), (1, 4.0), (7, 90.0))]
+    assert goals.share(rows, "s=3", "mxq", "gptq") == 0.5
+    assert goals.share(rows, "s=3", "mxq", "rtn") is None
+
+
+def test_goals_name_the_row_that_is_hardest_to_beat():
+    two, half, three = "w2a16_g128_asym", "w2a16_g64_asym=2.5", "w3a16_g128_asym"
+    rows = [row_of("mxq", two, 0, 0.5, bits=2.1), row_of("gptq-rotated", two, 0, 1.0, bits=2.1)]
+    rows += [row_of("mxq", half, 0, 0.3, bits=2.5), row_of("gptq-rotated", half, 0, 1.0, bits=2.3)]
+    rows += [row_of(name, three, 0, kl) for name, kl in (("mxq", 0.9), ("rtn", 9.0), ("gptq", 0.8))]
+    found = [(goal.text, round(goal.found, 3), goal.verdict) for goal in goals.goals_of(rows)]
+    assert found == [
+        ("that of w2a16_g128_asym: KL at most 0.5 of gptq-rotated", 0.5, "reached"),
+        ("2.5 bits: KL at most 0.25 of gptq-rotated", 0.3, "missed"),
+        ("that of w3a16_g128_asym: KL not above that of gptq", 1.125, "missed"),
+    ]
+    assert goals.goals_of([])[0].verdict == "not measured"
+
+
+def test_the_page_has_peers_goals_spread_and_what_was_not_measured():
+    size = "w2a16_g128_asym"
+    peer = {"settings": {"iters": 50}, "versions": {"auto-round": "1"}, "quantize_s": 60.0}
+    results = {
+        "model": "m",
+        "date": "d",
+        "samples": 1,
+        "seqlen": 2,
+        "versions": {"mxq": "1"},
+        "rows": [
+            row_of("gptq-rotated", size, 0, 0.02, bits=2.1),
+            row_of("mxq", size, 0, 0.01, bits=2.1),
+            row_of("mxq", size, 1, 0.03, bits=2.1),
+            row_of("autoround", size, 0, 0.04, bits=2.1, **peer),
+        ],
+        "skipped": [{"seed": 0, "method": "modelopt", "size": size, "skipped": "a\nno CUDA\n"}],
+    }
+    text = "\n".join(page.accuracy_section("f.json", results))
+    # By hand: the mean of 0.01 and 0.03 is 0.02, their deviation 0.01414; 0.01 is half of 0.02.
+    assert "| mxq default | 2 | 2.1000 | 0.02000 +- 0.01414 | 0.10000 | 90.00% | 0.50 |" in text
+    assert "tuned | 1 | 2.1000 | 0.04000 | 0.10000 | 90.00% | 2.00 |" in text
+    assert "auto-round 1; iters 50; a row took 60 s" in text
+    assert "modelopt" not in text.split("Not measured")[0]
+    assert "that of w2a16_g128_asym, seed 0: no CUDA" in text
+    assert "| that of w2a16_g128_asym: KL at most 0.5 of gptq-rotated | 0.50 | 0.50 |" in text
+
+
+def test_every_method_has_a_name_and_every_peer_a_runner():
+    assert set(page.NAMES) == set(bench_accuracy.METHODS)
+    for peer in peers.PEERS.values():
+        assert peer.runner.is_file()
+        assert (ROOT / "benchmarks" / "peers" / f"{peer.tool}.txt").is_file()
+
+
+def test_a_file_of_other_settings_is_not_gone_on_with(tmp_path, monkeypatch):
+    path = tmp_path / "r.json"
+    words = ["x", "m", "--calibration", "file:a=/p/t.txt", "--evaluate", "b=/q/u.txt"]
+
+    def opened(*more):
+        monkeypatch.setattr(sys, "argv", [*words, "--json", str(path), *more])
+        return bench_accuracy._open_results(bench_accuracy._arguments())
+
+    first = opened()
+    assert (first["calibration"], first["evaluate"]) == (["a=t.txt"], ["b=u.txt"])
+    path.write_text(json.dumps(first))
+    assert opened() == first
+    with pytest.raises(SystemExit, match="measured with other windows: 10, now 3; give another"):
+        opened("--windows", "3")
