@@ -17,7 +17,7 @@ NAMES: Mapping[str, str] = {
     "llmcompressor-mxq-plan": "llm-compressor GPTQ, widths of mxq's plan, no rotation",
     "autoround": "AutoRound, widths by AutoScheme, tuned",
     "autoround-uniform": "AutoRound, uniform, tuned",
-    "modelopt": "Model-Optimizer `auto_quantize`, int2/3/4/8, weights by mse",
+    "modelopt": "Model-Optimizer `auto_quantize`, int2/3/4/8 symmetric, scales by mse",
 }
 
 
