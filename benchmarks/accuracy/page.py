@@ -17,8 +17,12 @@ NAMES: Mapping[str, str] = {
     "llmcompressor-mxq-plan": "llm-compressor GPTQ, widths of mxq's plan, no rotation",
     "autoround": "AutoRound, widths by AutoScheme, tuned",
     "autoround-uniform": "AutoRound, uniform, tuned",
-    "modelopt": "Model-Optimizer `auto_quantize`, int2/3/4/8, weights by mse",
+    "modelopt": "Model-Optimizer `auto_quantize`, int2/3/4/8 symmetric, scales by mse",
 }
+
+
+DEFAULT_ITERS = 200
+"""Steps of AutoRound's tuning when nothing is said; rows with fewer say so."""
 
 
 def accuracy_section(name: str, results: Mapping[str, Any]) -> list[str]:
@@ -122,9 +126,24 @@ def readme_table(rows: Sequence[Row]) -> list[str]:
         f"| --- |{' ---: |' * len(sizes)}",
     ]
     for method in _unique(row["method"] for row in rows):
-        cells = [_mean_kl(at(rows, size, method)) for size in sizes]
-        lines.append(f"| {NAMES[method]} | {' | '.join(cells)} |")
+        cells = [_mean_kl(_on_common_seeds(at(rows, size), method)) for size in sizes]
+        name = _name(method, [row for row in rows if row["method"] == method])
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
+
+
+def _on_common_seeds(rows: Sequence[Row], method: str) -> list[Row]:
+    """Rows of a method on the seeds that every method of the size has, so that means compare."""
+    seeds = {name: {r["seed"] for r in rows if r["method"] == name} for name in NAMES}
+    common = set.intersection(*(found for found in seeds.values() if found))
+    return [row for row in rows if row["method"] == method and row["seed"] in common]
+
+
+def _name(method: str, rows: Sequence[Row]) -> str:
+    """A method's name, with the steps of its tuning where they are fewer than its default."""
+    steps = sorted({row.get("settings", {}).get("iters", DEFAULT_ITERS) for row in rows})
+    told = " and ".join(str(count) for count in steps if count < DEFAULT_ITERS)
+    return NAMES[method] + (f", {told} steps instead of its {DEFAULT_ITERS}" if told else "")
 
 
 def _mean_kl(rows: Sequence[Row]) -> str:
@@ -142,7 +161,7 @@ def _line(rows: Sequence[Row], size: str, method: str) -> str:
 
     cells = (
         budget(size),
-        NAMES[method],
+        _name(method, found),
         str(len(found)),
         f"{mean('bits'):.4f}",
         f"{mean('kl'):.5f}{spread}",

@@ -215,11 +215,25 @@ def test_the_page_has_peers_goals_spread_and_what_was_not_measured():
     text = "\n".join(page.accuracy_section("f.json", results))
     # By hand: the mean of 0.01 and 0.03 is 0.02, their deviation 0.01414; 0.01 is half of 0.02.
     assert "| mxq default | 2 | 2.1000 | 0.02000 +- 0.01414 | 0.10000 | 90.00% | 0.50 |" in text
-    assert "tuned | 1 | 2.1000 | 0.04000 | 0.10000 | 90.00% | 2.00 |" in text
+    assert (
+        "tuned, 50 steps instead of its 200 | 1 | 2.1000 | 0.04000 | 0.10000 | 90.00% | 2.00 |"
+        in text
+    )
     assert "auto-round 1; iters 50; a row took 60 s" in text
     assert "modelopt" not in text.split("Not measured")[0]
     assert "that of w2a16_g128_asym, seed 0: no CUDA" in text
     assert "| that of w2a16_g128_asym: KL at most 0.5 of gptq-rotated | 0.50 | 0.50 |" in text
+
+
+def test_the_readme_compares_the_seeds_that_all_rows_of_a_size_have():
+    size = "w2a16_g128_asym"
+    rows = [row_of("mxq", size, seed, kl, bits=2.1) for seed, kl in ((0, 0.25), (1, 0.75))]
+    rows += [row_of("rtn", size, 0, 0.5, bits=2.1)]
+    rows += [row_of("mxq", "s=3", seed, kl, bits=3.0) for seed, kl in ((0, 0.25), (1, 0.75))]
+    assert page.readme_table(rows)[-2:] == [
+        "| mxq default | 0.2500 | 0.5000 |",
+        "| uniform, round to nearest with clip search | 0.5000 | - |",
+    ]
 
 
 def test_every_method_has_a_name_and_every_peer_a_runner():
