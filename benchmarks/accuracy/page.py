@@ -11,7 +11,7 @@ NAMES: Mapping[str, str] = {
     "gptq": "uniform, GPTQ",
     "gptq-rotated": "uniform, GPTQ, rotated inputs",
     "mxmoe": "MxMoE's own mode (layer norm, per-layer budget, gate = up, rotated GPTQ)",
-    "mxq-fast": "mxq with `--quantizer gptq --target local`",
+    "mxq-fast": "mxq with `--effort fast`",
     "mxq": "mxq default",
     "llmcompressor": "llm-compressor GPTQ, uniform",
     "llmcompressor-mxq-plan": "llm-compressor GPTQ, widths of mxq's plan, no rotation",
