@@ -12,12 +12,10 @@ goes on where it stopped.
 """
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +24,12 @@ from accuracy.bench import Bench, count_schemes, open_bench, read_evaluation, st
 from accuracy.judge import dense_model, judge_plan, log_probabilities
 from accuracy.peers import PEERS, PeerError, Setting, judge_peer
 from accuracy.plans import MXMOE_SCHEMES, OWN, Tables, make_plan
+from accuracy.runs import make_parser, open_results, save_results
 from bench_memory import commit
 from torch import Tensor
 from transformers.utils import logging
 
 from mxq.config import CalibrationOptions
-from mxq.workspace import library_versions
 
 SIZES = ("w2a16_g128_asym", "w2a16_g64_asym=2.5", "w3a16_g128_asym", "w4a16_g128_asym")
 """Uniform schemes whose size is the budget, or ``scheme=bits`` for a budget of its own."""
@@ -58,13 +56,14 @@ def main() -> None:
     args = _arguments()
     logging.disable_progress_bar()
     torch.set_num_threads(args.threads)
-    results = _open_results(args)
+    settings = {"mxmoe_schemes": MXMOE_SCHEMES}
+    results = open_results(args, settings, {"rows": [], "skipped": []})
     for seed in args.seeds:
         todo = [row for row in _rows(args) if not _has(results, seed, *row)]
         if todo:
             run = _open_run(args, seed)
             for method, size in todo:
-                _add(results, _row(run, method, size), Path(args.json))
+                _add(results, _row(run, method, size), args.json)
 
 
 def _row(run: Run, method: str, size: str) -> dict[str, Any]:
@@ -133,7 +132,7 @@ def _add(results: dict[str, Any], row: dict[str, Any], path: Path) -> None:
     results["skipped"] = [old for old in results["skipped"] if _key(old) != _key(row)]
     results["skipped" if "skipped" in row else "rows"].append(row)
     results["rows"].sort(key=_place)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    save_results(path, results)
     told = f"{row['seed']} {row['method']:22s} {row['size']:22s}"
     if "skipped" in row:
         print(f"{told} skipped: {row['skipped'][-300:]}", flush=True)
@@ -151,62 +150,13 @@ def _place(row: Mapping[str, Any]) -> tuple[int, float, int]:
     return row["seed"], size, methods.index(row["method"])
 
 
-def _open_results(args: argparse.Namespace) -> dict[str, Any]:
-    """The file to go on with, or a new one.
-
-    Raises:
-        SystemExit: If the file was measured with other settings.
-    """
-    settings = {
-        "model": Path(args.model).name,
-        "samples": args.samples,
-        "seqlen": args.seqlen,
-        "window": args.window,
-        "windows": args.windows,
-        "calibration": _names(args.calibration.removeprefix("file:").split(",")),
-        "evaluate": _names(args.evaluate),
-        "mxmoe_schemes": MXMOE_SCHEMES,
-        "versions": library_versions(),
-    }
-    path = Path(args.json)
-    if not path.is_file():
-        date = datetime.now(UTC).date().isoformat()
-        return {"date": date, **settings, "rows": [], "skipped": []}
-    found: dict[str, Any] = json.loads(path.read_text())
-    for key, value in settings.items():
-        if found.get(key) != value:
-            raise SystemExit(
-                f"{path} was measured with other {key}: {found.get(key)}, now {value}; give "
-                "another --json"
-            )
-    return found
-
-
-def _names(entries: list[str]) -> list[str]:
-    """Entries ``domain=path`` without the folders of their files."""
-    return [
-        "=".join((*entry.split("=")[:-1], Path(entry.split("=")[-1]).name)) for entry in entries
-    ]
-
-
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--evaluate", action="append", required=True, help="NAME=FILE, repeatable")
-    parser.add_argument("--json", required=True, help="results file, gone on with")
+    parser = make_parser(__doc__)
     parser.add_argument("--peers", type=Path, help="folder of the peers' environments")
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=10, help="held-out windows of each domain")
     parser.add_argument("--seeds", type=_numbers, default=(0, 1, 2))
     parser.add_argument("--sizes", type=_words, default=SIZES)
     parser.add_argument("--methods", type=_words, default=METHODS, help=", ".join(METHODS))
     parser.add_argument("--autoround-iters", type=int, default=200, help="its own default is 200")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     if unknown := sorted(set(args.methods) - set(METHODS)):
         parser.error(f"--methods {', '.join(unknown)}: unknown; choose of {', '.join(METHODS)}")

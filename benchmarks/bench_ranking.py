@@ -15,14 +15,13 @@ import math
 import statistics
 import time
 from dataclasses import replace
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
 from accuracy.bench import open_bench, read_evaluation
 from accuracy.judge import dense_model, judge_plan, log_probabilities
 from accuracy.plans import OWN, Tables
+from accuracy.runs import make_parser, open_results, save_results
 from bench_memory import commit
 from scipy.stats import spearmanr
 from transformers.utils import logging
@@ -30,7 +29,9 @@ from transformers.utils import logging
 from mxq.artifacts import Allocation, SensitivityTable
 from mxq.config import CalibrationOptions
 from mxq.search.allocate import allocate
-from mxq.workspace import library_versions
+
+SETTINGS = ("bits", "plans", "seed")
+"""Options that every plan depends on, beside those of all accuracy benchmarks."""
 
 MOST_NOISE = 3.0
 """Standard deviation of the noise's logarithm for the last plan; the first one has none."""
@@ -41,13 +42,14 @@ def main() -> None:
     args = _arguments()
     logging.disable_progress_bar()
     torch.set_num_threads(args.threads)
+    settings = {"commit": commit(), **{key: getattr(args, key) for key in SETTINGS}}
+    results = open_results(args, settings, {"rows": []})
     evaluations = [read_evaluation(args.model, e, args.window, args.windows) for e in args.evaluate]
     options = CalibrationOptions(args.calibration, args.samples, args.seqlen, args.seed)
     bench = open_bench(args.model, options, evaluations)
     recipe = OWN["mxq"]
     table = Tables(bench).get("fisher", recipe.method)
     reference = log_probabilities(dense_model(bench), bench.evaluations)
-    results = _open_results(args)
     for number in range(len(results["rows"]), args.plans):
         started = time.perf_counter()
         noise = MOST_NOISE * number / max(1, args.plans - 1)
@@ -62,7 +64,7 @@ def main() -> None:
         }
         results["rows"].append(row)
         results["summary"] = summary(results["rows"])
-        Path(args.json).write_text(json.dumps(results, indent=1) + "\n")
+        save_results(args.json, results)
         print(
             f"{number:3d} noise {noise:.2f} predicted {row['predicted']:.5f} KL {row['kl']:.5f}",
             flush=True,
@@ -100,41 +102,11 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
     return found
 
 
-def _open_results(args: argparse.Namespace) -> dict[str, Any]:
-    path = Path(args.json)
-    if path.is_file():
-        return dict(json.loads(path.read_text()))
-    return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit(),
-        "model": Path(args.model).name,
-        "bits": args.bits,
-        "seed": args.seed,
-        "samples": args.samples,
-        "seqlen": args.seqlen,
-        "window": args.window,
-        "windows": args.windows,
-        "versions": library_versions(),
-        "rows": [],
-    }
-
-
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--evaluate", action="append", required=True, help="NAME=FILE, repeatable")
-    parser.add_argument("--json", required=True, help="results file, gone on with")
+    parser = make_parser(__doc__)
     parser.add_argument("--bits", type=float, default=2.5)
     parser.add_argument("--plans", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--windows", type=int, default=10, help="held-out windows of each domain")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser.parse_args()
 
 

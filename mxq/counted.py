@@ -1,4 +1,4 @@
-"""Counts in sentences: ``1 tensor``, ``12 tensors``, ``1,024 tokens``."""
+"""Counts in sentences: ``1 tensor``, ``12 tensors``, ``1,024 tokens``, ``1.5 GiB``."""
 
 
 def counted(count: int, noun: str, plural: str | None = None) -> str:
@@ -10,3 +10,11 @@ def counted(count: int, noun: str, plural: str | None = None) -> str:
     if count == 1:
         return f"1 {noun}"
     return f"{count:,} {plural or noun + 's'}"
+
+
+def spoken_bytes(count: float) -> str:
+    """Bytes in the largest unit that they fill."""
+    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if count >= 2**power:
+            return f"{count / 2**power:,.1f} {unit}"
+    return f"{count:.0f} bytes"

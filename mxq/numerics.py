@@ -50,8 +50,8 @@ class QuantizedWeight:
     zero_NG: Tensor | None
     scheme: Scheme
 
-    def __getitem__(self, index: int | slice) -> "QuantizedWeight":
-        """One weight of a batch, or some rows of a weight."""
+    def __getitem__(self, index: int | slice | None) -> "QuantizedWeight":
+        """One weight of a batch, or some rows of a weight; for None a batch of it alone."""
         scale = None if self.scale_NG is None else self.scale_NG[index]
         zero = None if self.zero_NG is None else self.zero_NG[index]
         return QuantizedWeight(self.codes_NK[index], scale, zero, self.scheme)
@@ -63,9 +63,18 @@ def dequantize(q: QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor
         return q.codes_NK.to(dtype)
     w_NGC = _grouped(q.codes_NK.to(torch.float32), q.scale_NG.shape[-1])
     if q.scheme.kind == "int":
-        w_NGC.sub_(_zero_as_float(q)[..., None])
+        w_NGC.sub_(zero_points(q)[..., None])
     w_NGC.mul_(q.scale_NG.to(torch.float32)[..., None])
     return w_NGC.flatten(-2).to(dtype)
+
+
+def zero_points(q: QuantizedWeight) -> Tensor:
+    """Zero point of each group of an integer scheme, float32 [..., N, G]."""
+    if q.zero_NG is not None:
+        return q.zero_NG.to(torch.float32)
+    assert q.scale_NG is not None
+    middle = 2.0 ** (q.scheme.w_bits - 1)
+    return torch.full_like(q.scale_NG, middle, dtype=torch.float32)
 
 
 def check_groups(in_features: int, scheme: Scheme, name: str = "the weight") -> None:
@@ -261,12 +270,6 @@ def _grouped_importance(importance_K: Tensor | None, w_NGC: Tensor) -> Tensor:
     # A group that no input reached would accept any grid: fall back to the plain error there.
     h = torch.where(h.sum(-1, keepdim=True) > 0, h, torch.ones_like(h))
     return h.unsqueeze(-3)
-
-
-def _zero_as_float(q: QuantizedWeight) -> Tensor:
-    if q.zero_NG is not None:
-        return q.zero_NG.to(torch.float32)
-    return torch.full((1,), float(2 ** (q.scheme.w_bits - 1)), device=q.codes_NK.device)
 
 
 @lru_cache(maxsize=16)

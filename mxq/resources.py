@@ -21,6 +21,7 @@ from mxq.config import (
     QuantizeOptions,
     ResourceOptions,
 )
+from mxq.counted import spoken_bytes
 from mxq.heap import KEPT_BYTES
 from mxq.machine import Machine, Rates, machine, measure_rates
 from mxq.models.activations import COLD_SHARE
@@ -246,14 +247,6 @@ def check_needs(needs: Needs, found: Machine, resources: ResourceOptions) -> Non
         )
 
 
-def spoken_bytes(count: float) -> str:
-    """Bytes in the largest unit that they fill."""
-    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
-        if count >= 2**power:
-            return f"{count / 2**power:,.1f} {unit}"
-    return f"{count:.0f} bytes"
-
-
 def about(seconds: float) -> str:
     """A duration with one digit that means something."""
     if seconds < 90:
@@ -356,7 +349,8 @@ def _seconds(sizes: Sizes, work: Workload, rates: Rates) -> dict[str, float]:
     one = _one_scheme(blocks, rates, products) / work.processes
     # The cheapest scheme is tried both ways. Second moments and, for GPTQ, their factors are made
     # once for all schemes of a visit.
-    moments = _moments(sizes, blocks, work.fit_tokens) + bool(products) * _factors(blocks)
+    factors = _factors(blocks) if products else 0.0
+    moments = _moments(sizes, blocks, work.fit_tokens) + factors
     moments /= rates.operations_per_second * work.processes
     # Forward twice and backward once, or forward once; the experts' probes; outputs by scheme.
     runs = (5 if work.settings.sensitivity.needs_gradients else 3) + 2 * len(work.settings.schemes)
@@ -364,6 +358,7 @@ def _seconds(sizes: Sizes, work: Workload, rates: Rates) -> dict[str, float]:
     return {
         "profile": read + 2 * forward * work.tokens,
         "measure": 2 * read + runs * forward * work.tokens + measured,
+        # The original layers run beside; how inputs differ takes moments and a factor, too.
         "pack": work.plans * (read + 4 * forward * work.tokens + one + 2 * moments),
         "measured loss": (1 + work.plans) * (read + forward * work.heldout_tokens),
     }

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mxq.artifacts import Allocation, BlockInfo, SensitivityTable
-from mxq.counted import counted
+from mxq.counted import counted, spoken_bytes
 from mxq.engines import format_warnings, load_rules
 from mxq.finish import QuantizeResult
 from mxq.heldout import MeasuredLoss
@@ -25,7 +25,7 @@ from mxq.report.words import (
     plan_name,
     unrouted_experts,
 )
-from mxq.resources import Needs, about, spoken_bytes
+from mxq.resources import Needs, about
 from mxq.scheme import Scheme
 from mxq.terminal import make_console
 from mxq.workspace import Workspace

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,13 @@ def read_job() -> dict[str, Any]:
     job: dict[str, Any] = json.load(sys.stdin)
     torch.set_num_threads(job["threads"])
     return job
+
+
+def answer_job(quantize: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Give the job to ``quantize``, with its seed set, and keep the row that it returns."""
+    job = read_job()
+    torch.manual_seed(job["seed"])
+    write_row(job, quantize(job))
 
 
 def write_row(job: dict[str, Any], row: dict[str, Any]) -> None:

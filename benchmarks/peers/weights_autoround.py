@@ -17,17 +17,11 @@ from auto_round.schemes import QuantizationScheme
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import fit_rows, read_job, save_weights, versions, write_row
+from common import answer_job, fit_rows, save_weights, versions
 from run_autoround import serve
 
 OPTIONS = ((2, 128, False), (2, 64, False), (3, 128, False), (4, 128, False), (8, 128, True))
 """Bits, group and symmetry that AutoScheme chooses from; it refuses 8 bits with zero points."""
-
-
-def main() -> None:
-    """Quantize and write the weights."""
-    job = read_job()
-    write_row(job, quantize(job))
 
 
 def quantize(job: dict[str, Any]) -> dict[str, Any]:
@@ -107,4 +101,4 @@ def _fields(config: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    answer_job(quantize)

@@ -20,23 +20,9 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import (
-    Stopwatch,
-    fit_rows,
-    read_job,
-    save_weights,
-    versions,
-    write_row,
-)
+from common import Stopwatch, answer_job, fit_rows, save_weights, versions
 
 BATCH_ROWS = 8
-
-
-def main() -> None:
-    """Quantize and write the weights."""
-    job = read_job()
-    torch.manual_seed(job["seed"])
-    write_row(job, quantize(job))
 
 
 def quantize(job: dict[str, Any]) -> dict[str, Any]:
@@ -108,4 +94,4 @@ def _stored(linear: torch.nn.Module) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    answer_job(quantize)

@@ -21,18 +21,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import fit_rows, read_job, save_weights, versions, write_row
+from common import answer_job, fit_rows, save_weights, versions
 
 BITS = (2, 3, 4, 8)
 GROUP = 128
 SCALE_BITS = 16
-
-
-def main() -> None:
-    """Quantize and write the weights."""
-    job = read_job()
-    torch.manual_seed(job["seed"])
-    write_row(job, quantize(job))
 
 
 def quantize(job: dict[str, Any]) -> dict[str, Any]:
@@ -125,4 +118,4 @@ def _stored(w_NK: Tensor, quantizer: nn.Module) -> tuple[Tensor, dict[str, Any]]
 
 
 if __name__ == "__main__":
-    main()
+    answer_job(quantize)

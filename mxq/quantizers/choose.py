@@ -158,6 +158,7 @@ def make_inputs(blocks: Sequence[BlockInputs], prior_KK: Tensor | None) -> Batch
         prior = isotropic(own) if prior_KK is None else prior_KK
         hessians.append(shrink(own, block.fit_rows, prior))
         if block.origin_TK is not None:
+            check_finite(block.origin_TK, f"inputs of {block.name} in the original model")
             shifts.append(_shift(block, block.origin_TK, weight_T, hessians[-1]))
         start = block.fit_rows if _has_heldout(block) else 0
         judges.append((block.x_TK[start:].to(torch.float32), weight_T[start:]))

@@ -9,7 +9,7 @@ each group is fitted again to its codes under the whole matrix of second moments
 import torch
 from torch import Tensor
 
-from mxq.numerics import SCALE_MAX, SCALE_MIN, QuantizedWeight
+from mxq.numerics import SCALE_MAX, SCALE_MIN, QuantizedWeight, zero_points
 from mxq.quantizers.gptq import COLUMN_BLOCK, quantize_gptq
 from mxq.scheme import Scheme
 
@@ -40,7 +40,7 @@ def refine(w_NK: Tensor, q: QuantizedWeight, hessian_KK: Tensor) -> QuantizedWei
     ``w_NK`` is what ``q``, of an integer scheme, stands for. Zero points stay as they are.
     """
     if w_NK.dim() == 2:
-        return refine(w_NK[None], _batch_of(q), hessian_KK[None])[0]
+        return refine(w_NK[None], q[None], hessian_KK[None])[0]
     descent = _Descent(w_NK.to(torch.float32), q, hessian_KK.to(torch.float32))
     for _ in range(SWEEPS):
         descent.sweep()
@@ -63,7 +63,7 @@ class _Descent:
         self.diagonal_BK = self.hessian_BKK.diagonal(dim1=-2, dim2=-1)
         self.top = 2**q.scheme.w_bits - 1
         self.scale_BGN = q.scale_NG.to(torch.float32).mT.contiguous()
-        self.zero_BGN = _zeros(q).mT.contiguous()
+        self.zero_BGN = zero_points(q).mT.contiguous()
         self.group = w_BNK.shape[-1] // self.scale_BGN.shape[1]
         self.steps_BKN = q.codes_NK.mT.to(torch.float32) - self._of_columns(self.zero_BGN)
         error_BKN = self.steps_BKN * self._of_columns(self.scale_BGN) - w_BNK.mT
@@ -124,18 +124,3 @@ class _Descent:
     def _of_columns(self, grid_BGN: Tensor) -> Tensor:
         """Values of groups, repeated for each of their columns."""
         return grid_BGN.repeat_interleave(self.group, 1)
-
-
-def _zeros(q: QuantizedWeight) -> Tensor:
-    """Zero point of each group as a float, [..., N, G]."""
-    if q.zero_NG is not None:
-        return q.zero_NG.to(torch.float32)
-    assert q.scale_NG is not None
-    return torch.full_like(q.scale_NG, 2 ** (q.scheme.w_bits - 1), dtype=torch.float32)
-
-
-def _batch_of(q: QuantizedWeight) -> QuantizedWeight:
-    """A batch of one."""
-    scale = None if q.scale_NG is None else q.scale_NG[None]
-    zero = None if q.zero_NG is None else q.zero_NG[None]
-    return QuantizedWeight(q.codes_NK[None], scale, zero, q.scheme)

@@ -12,8 +12,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import bench_accuracy  # noqa: E402
-from accuracy import bench, goals, page, peers  # noqa: E402
+import bench_ranking  # noqa: E402
+from accuracy import bench, goals, page, peers, ranking, runs  # noqa: E402
 
+from mxq.artifacts import BlockInfo, Provenance, SensitivityTable  # noqa: E402
 from mxq.blocks import LinearBlock  # noqa: E402
 from mxq.scheme import Scheme  # noqa: E402
 
@@ -249,7 +251,7 @@ def test_a_file_of_other_settings_is_not_gone_on_with(tmp_path, monkeypatch):
 
     def opened(*more):
         monkeypatch.setattr(sys, "argv", [*words, "--json", str(path), *more])
-        return bench_accuracy._open_results(bench_accuracy._arguments())
+        return runs.open_results(bench_accuracy._arguments(), {"own": 1}, {"rows": []})
 
     first = opened()
     assert (first["calibration"], first["evaluate"]) == (["a=t.txt"], ["b=u.txt"])
@@ -257,3 +259,61 @@ def test_a_file_of_other_settings_is_not_gone_on_with(tmp_path, monkeypatch):
     assert opened() == first
     with pytest.raises(SystemExit, match="measured with other windows: 10, now 3; give another"):
         opened("--windows", "3")
+
+
+# --- order of plans ---------------------------------------------------------------------------
+
+
+def table_of(blocks=40):
+    """Blocks of 64 x 128 that lose 4 ** -bits times their own weight, by two schemes."""
+    schemes = TWO, Scheme.parse("w4a16_g128_asym")
+    names = [f"layers.0.experts.{expert}.up" for expert in range(blocks)]
+    return SensitivityTable(
+        blocks=tuple(
+            BlockInfo(name, 0, expert, "up", 64, 128, 10, "layers.0.experts")
+            for expert, name in enumerate(names)
+        ),
+        schemes=schemes,
+        loss=tuple(tuple((1 + n) * 4.0**-s.w_bits for s in schemes) for n in range(blocks)),
+        quantizer=(("gptq", "gptq"),) * blocks,
+        metric="fisher",
+        unit="nats per token",
+        calibration_tokens=10,
+        rotated_layers=(),
+        provenance=Provenance("", "", {}, {}),
+    )
+
+
+def test_a_plan_without_noise_is_the_best_and_noise_makes_others_of_that_size():
+    table, plans = table_of(), []
+    for noise, seed in ((0.0, 1), (3.0, 1), (3.0, 2)):
+        plans.append(bench_ranking.draw_plan(table, 3.0, noise, seed))
+    four = table.schemes[1]
+    for plan in plans:
+        lost = [(1 + n) * 4.0 ** -plan.schemes[b.name].w_bits for n, b in enumerate(table.blocks)]
+        # What the true table says, not the noisy one.
+        assert plan.predicted_loss == pytest.approx(sum(lost))
+        assert plan.bits_per_weight == plans[0].bits_per_weight <= 3.0
+    wide = [b.expert for b in table.blocks if plans[0].schemes[b.name] == four]
+    assert wide == list(range(40 - len(wide), 40))
+    assert plans[0].predicted_loss < min(plan.predicted_loss for plan in plans[1:])
+    assert plans[1].schemes != plans[2].schemes
+
+
+def test_order_and_bias_of_plans_by_hand():
+    rows = [{"predicted": p, "kl": k} for p, k in ((1.0, 2.0), (2.0, 6.0), (4.0, 4.0))]
+    found = bench_ranking.summary(rows)
+    # Ranks 1 2 3 and 1 3 2: 1 - 6 x (0 + 1 + 1) / (3 x 8).
+    assert found.pop("spearman") == pytest.approx(0.5)
+    assert found == {"plans": 3, "factor_median": 2.0, "factor_least": 1.0, "factor_most": 3.0}
+    assert "spearman" not in bench_ranking.summary(rows[:2])
+
+
+@pytest.mark.parametrize(("spearman", "verdict"), [(0.9, "reached"), (0.89, "missed")])
+def test_the_page_says_whether_the_order_is_good_enough(spearman, verdict):
+    rows = [{"noise": 0.0, "predicted": 0.5, "kl": 0.75, "bits": 2.5}]
+    summary = {**bench_ranking.summary(rows), "spearman": spearman}
+    facts = {"model": "m", "date": "d", "commit": "c", "bits": 2.5, "seed": 0}
+    text = "\n".join(ranking.ranking_section("f.json", {**facts, "rows": rows, "summary": summary}))
+    assert verdict in text
+    assert "| 0.00 | 0.50000 | 0.75000 | 1.50 |" in text

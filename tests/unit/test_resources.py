@@ -10,6 +10,7 @@ import mxq
 from mxq import machine, resources
 from mxq.choices import measure_settings
 from mxq.config import CalibrationOptions, MeasureOptions, ResourceOptions
+from mxq.counted import spoken_bytes
 from mxq.machine import Machine, Rates
 from mxq.models.adapter import ModelAdapter
 from mxq.models.source import open_source
@@ -19,7 +20,6 @@ from mxq.resources import (
     check_needs,
     estimate,
     sizes_of,
-    spoken_bytes,
     workload,
 )
 from mxq.scheme import parse_schemes
