@@ -282,3 +282,11 @@ def test_some_blocks_of_a_batch_keep_their_own_shift():
     ]
     whole = make_inputs(blocks, None)
     assert torch.equal(whole.select([2, 0]).shift_BKK, whole.shift_BKK[[2, 0]])
+
+
+def test_inputs_of_the_original_that_are_not_finite_name_the_block():
+    x_TK, origin_TK, _ = shifted(k=64)
+    origin_TK[5, 3] = torch.nan
+    block = BlockInputs("a", x_TK, torch.ones(len(x_TK)), 3500, origin_TK)
+    with pytest.raises(ValueError, match="inputs of a in the original model: 1 of"):
+        make_inputs([block], None)
