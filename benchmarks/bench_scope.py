@@ -6,7 +6,7 @@ linears are solved for that size, as ``--size`` does. With ``experts`` attention
 bits of the original; ``all`` lets the program choose; ``all-attention-8`` leaves attention at least
 8 bits. Plans are packed and judged like the rows of ``bench_accuracy.py``, on the same text.
 
-    python benchmarks/bench_scope.py MODEL --calibration file:a=PATH,b=PATH \\
+    python benchmarks/bench_scope.py MODEL --calibration file:a=PATH,b=PATH \
         --evaluate a=PATH --evaluate b=PATH --json benchmarks/results/NAME.json
 """
 
