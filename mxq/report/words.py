@@ -117,26 +117,20 @@ def pin_lines(plan: Allocation, profile: ActivationStats | None = None) -> list[
     """Which experts are pinned and by how much they stand out, and which do and are not."""
     lines = []
     if plan.pinned:
-        lines.append(
-            "Pinned to their widest formats, as their outputs are so many times those of their "
-            f"layer's other experts: {_standing_out(plan.pinned)}."
-        )
+        lines.append(f"Pinned to the widest formats: {_standing_out(plan.pinned)}.")
     found = () if profile is None else find_super_experts(profile.sites)
     free = {expert.name: expert.times for expert in found if expert.name not in plan.pinned}
     if free:
-        lines.append(
-            f"Not pinned, though their outputs are so many times those of their layer's other "
-            f"experts: {_standing_out(free)}."
-        )
+        lines.append(f"Not pinned, though they stand out: {_standing_out(free)}.")
     return lines
 
 
 def _standing_out(times: Mapping[str, float]) -> str:
-    """Experts, those first that stand out most."""
+    """Experts, those first that stand out most, and what by."""
     names = sorted(times, key=lambda name: -times[name])
-    shown = ", ".join(f"{name} ({times[name]:.0f})" for name in names[:MOST_NAMED])
-    more = len(names) - MOST_NAMED
-    return shown if more <= 0 else f"{shown} and {more} more"
+    parts = [f"{name} ({times[name]:.0f} times)" for name in names[:MOST_NAMED]]
+    parts += [f"{len(names) - MOST_NAMED} more"] if len(names) > MOST_NAMED else []
+    return f"{', '.join(parts)} (largest output over the median of the layer's other experts)"
 
 
 def measured_on(tokens: int) -> str:

@@ -13,6 +13,7 @@ from mxq.models.source import open_source
 from mxq.models.sweep import make_batches
 from mxq.profiling import activation
 from mxq.profiling.super_experts import find_super_experts
+from mxq.report import curve
 from mxq.report.facts import gather
 from mxq.report.origin import command
 from mxq.report.words import coverage, pin_lines
@@ -119,24 +120,43 @@ def test_it_stays_wide_where_the_budget_is_short(result):
     plan, uniform = result.plans["plan"], result.plans["uniform"]
     assert list(plan.pinned) == [PINNED]
     assert plan.pinned[PINNED] > 10
-    bits = {name: scheme.w_bits for name, scheme in plan.schemes.items()}
-    pinned = [bits[f"{PINNED}.{projection}"] for projection in ("gate", "up", "down")]
-    assert pinned == [8, 8, 8]
+    assert narrowest(plan) == 8
     assert uniform.pinned == {}
     assert len(set(uniform.schemes.values())) == 1
 
 
-def test_what_was_pinned_is_told_and_pins_can_be_left_out(result, carried, tmp_path):
+class KeepSolved:
+    """A solver that keeps what it gave."""
+
+    def __init__(self, solve):
+        self.solve, self.plans = solve, []
+
+    def __call__(self, *args, **options):
+        self.plans.append(self.solve(*args, **options))
+        return self.plans[-1]
+
+
+def narrowest(plan):
+    """Least bits of the super expert's projections."""
+    return min(plan.schemes[f"{PINNED}.{name}"].w_bits for name in ("gate", "up", "down"))
+
+
+def test_what_was_pinned_is_told_and_pins_can_be_left_out(result, carried, tmp_path, monkeypatch):
     work = result.folder.parent / "work"
     again = {"bits": 3.6, "work": work, "guard": False, **FAST}
     mxq.quantize(carried, output=tmp_path / "auto", **again)
     free = mxq.quantize(carried, output=tmp_path / "off", pin="off", **again)
     facts = gather(tmp_path / "auto", work)
-    told = f"layer's other experts: {PINNED} ({facts.plan.pinned[PINNED]:.0f})."
-    assert any(line.startswith("Pinned to") and line.endswith(told) for line in coverage(facts))
+    told = f"Pinned to the widest formats: {PINNED} ({facts.plan.pinned[PINNED]:.0f} times)"
+    assert any(line.startswith(told) for line in coverage(facts))
+    keep_solved = KeepSolved(curve.allocate)
+    monkeypatch.setattr(curve, "allocate", keep_solved)
+    assert ", pinned experts wide" in curve.loss_curve(facts).rule
+    assert keep_solved.plans
+    assert all(narrowest(plan) == 8 for plan in keep_solved.plans)
     plan = free.plans["plan"]
     assert plan.pinned == {}
-    assert min(plan.schemes[f"{PINNED}.{name}"].w_bits for name in ("gate", "up", "down")) < 8
+    assert narrowest(plan) < 8
     assert [line[:10] for line in pin_lines(plan, free.profile)] == ["Not pinned"]
     # The ids are the caller's own, which no command has; those of a text would be in one.
     origin = gather(free.folder, work).origin
