@@ -130,7 +130,7 @@ def _standing_out(times: Mapping[str, float]) -> str:
     names = sorted(times, key=lambda name: -times[name])
     parts = [f"{name} ({times[name]:.0f} times)" for name in names[:MOST_NAMED]]
     parts += [f"{len(names) - MOST_NAMED} more"] if len(names) > MOST_NAMED else []
-    return f"{', '.join(parts)} (largest output over the median of the layer's other experts)"
+    return f"{', '.join(parts)}, by largest output over the median of the layer's other experts"
 
 
 def measured_on(tokens: int) -> str:

@@ -6,8 +6,10 @@ import pytest
 import torch
 from tiny import make_model, save_tiny, token_ids
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import mxq
+from mxq.cli import app
 from mxq.models.adapter import ModelAdapter
 from mxq.models.source import open_source
 from mxq.models.sweep import make_batches
@@ -171,3 +173,14 @@ def test_a_budget_that_pins_leave_no_plan_in_is_refused_before_measuring(
     with pytest.raises(ValueError, match=rf"1 expert pinned .*\({PINNED}\): 2\.6 bits per weight"):
         mxq.quantize(carried, output=tmp_path / "out", bits=2.6, **FAST)
     assert not (tmp_path / "out" / "mxq_plan.json").exists()
+
+
+def test_the_command_shows_pins_and_leaves_them_out(result):
+    def shown(*options):
+        work = str(result.folder.parent / "work")
+        done = CliRunner().invoke(app, ["allocate", work, "--bits", "3.6", *options])
+        assert done.exit_code == 0, done.stderr
+        return " ".join(done.stdout.split())
+
+    assert f"Pinned to the widest formats: {PINNED} (" in shown()
+    assert "inned" not in shown("--pin", "off")

@@ -222,8 +222,8 @@ def test_explore_shows_the_plan_that_allocate_gives(tmp_path):
 def test_pins_are_named_by_how_far_they_stand_out():
     chosen = plan(TABLE, AllocateOptions(bits=4.5), pins={"layers.0.experts.1": 12.4, **PINS})
     assert pin_lines(chosen["plan"]) == [
-        f"Pinned to the widest formats: {PINNED} (50 times), layers.0.experts.1 (12 times) "
-        "(largest output over the median of the layer's other experts)."
+        f"Pinned to the widest formats: {PINNED} (50 times), layers.0.experts.1 (12 times), "
+        "by largest output over the median of the layer's other experts."
     ]
     free = plan(TABLE, AllocateOptions(bits=4.5))["plan"]
     assert pin_lines(free) == []
