@@ -384,6 +384,11 @@ def scripted(*values):
         ("w3a16_g32_asym,w4a8_g32_asym", (1, 2), (1, 2)),
         # ... but one that rounds them no less is.
         ("w3a8_g32_asym,w4a16_g32_asym", (1, 2), (1, 1)),
+        ("w4a4_grow_sym,w8a8_grow_sym", (1, 2), (1, 1)),
+        # Integer and float inputs are rounded in ways that bound each other in no direction.
+        ("fp8,w8a8_grow_sym", (1, 2), (1, 2)),
+        ("fp8,w8a8_grow_sym", (2, 1), (2, 1)),
+        ("w4a8_grow_sym,fp8,bf16", (1, 2, 3), (1, 2, 1)),
     ],
 )
 def test_rows_are_made_monotone_by_hand(folder, texts, raw, expected):
