@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from accuracy.activations import activation_section
 from accuracy.page import accuracy_section, readme_table
 from accuracy.ranking import ranking_section
 from accuracy.scope import scope_section
@@ -34,6 +35,8 @@ def main() -> None:
     ]
     for path in sorted(RESULTS.glob("accuracy-*.json")):
         parts += accuracy_section(path.name, json.loads(path.read_text()))
+    for path in sorted(RESULTS.glob("activations-*.json")):
+        parts += activation_section(path.name, json.loads(path.read_text()))
     for path in sorted(RESULTS.glob("ranking-*.json")):
         parts += ranking_section(path.name, json.loads(path.read_text()))
     for path in sorted(RESULTS.glob("scope-*.json")):

@@ -1,8 +1,13 @@
-"""One judge for all rows: the original with the linears of a row in it, against the original."""
+"""One judge for all rows: the original with the linears of a row in it, against the original.
+
+Decoded to dense weights a checkpoint no longer rounds its inputs: ``judge_plan`` is for schemes
+that leave them alone, ``judge_inputs`` runs the checkpoint's own modules.
+"""
 
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from accuracy.bench import Bench, Evaluation
 from mxq.artifacts import Allocation
 from mxq.blocks import write_block
+from mxq.checkpoint.modules import MxqLinear
 from mxq.checkpoint.pack import pack
 from mxq.numerics import unrotate
 from mxq.quantizers import Method
@@ -25,20 +31,24 @@ def judge_plan(
 
     ``file_bytes`` are those of the weight files and their index.
     """
-    folder = Path(tempfile.mkdtemp(prefix="mxq-bench-"))
-    try:
-        packed = pack(
-            bench.adapter, bench.batches, plan, folder / "out", method=method, target=target
-        )
-        weights = _decoded(bench, folder / "out")
-        file_bytes = sum(path.stat().st_size for path in (folder / "out").glob("*.safetensors*"))
-    finally:
-        shutil.rmtree(folder)
-    return {
-        "tensor_bytes": packed.tensor_bytes,
-        "file_bytes": file_bytes,
-        **judge_weights(bench, weights, reference),
-    }
+    with _packed(bench, plan, method, target) as (stored, packed):
+        weights = _decoded(bench, packed)
+    return {**stored, **judge_weights(bench, weights, reference)}
+
+
+def judge_inputs(
+    bench: Bench, plan: Allocation, method: Method, target: str, reference: Sequence[Tensor]
+) -> dict[str, Any]:
+    """Pack a plan of mxq, load the checkpoint and compare it as it runs, its inputs rounded.
+
+    ``kl_weights`` is that of the decoded weights alone, with inputs as they are.
+    """
+    with _packed(bench, plan, method, target) as (stored, packed):
+        weights = _decoded(bench, packed)
+        decode_once(packed)
+        found = judge_model(bench, packed, reference)
+    alone = judge_weights(bench, weights, reference)
+    return {**stored, "kl_weights": alone["kl"], **found}
 
 
 def judge_weights(
@@ -48,6 +58,13 @@ def judge_weights(
     model = dense_model(bench)
     for block in bench.blocks:
         write_block(model.get_parameter(block.tensor), block, weights[block.name])
+    return judge_model(bench, model, reference)
+
+
+def judge_model(
+    bench: Bench, model: PreTrainedModel, reference: Sequence[Tensor]
+) -> dict[str, Any]:
+    """Compare a model with the original on every domain."""
     domains = dict(_compare(model, bench.evaluations, reference))
     tokens = sum(int(d["tokens"]) for d in domains.values())
 
@@ -81,9 +98,36 @@ def log_probabilities(model: PreTrainedModel, evaluations: Sequence[Evaluation])
         ]
 
 
-def _decoded(bench: Bench, folder: Path) -> dict[str, Tensor]:
-    """What every block of a written checkpoint decodes to."""
-    packed = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def decode_once(packed: PreTrainedModel) -> None:
+    """Keep the decoded weight of every packed linear of a loaded checkpoint, in float32.
+
+    Its modules run as they do, but do not decode for every window.
+    """
+    for module in packed.modules():
+        if isinstance(module, MxqLinear):
+            w_NK = module.decode(torch.float32)
+            module.decode = lambda dtype, w_NK=w_NK: w_NK.to(dtype)
+
+
+@contextmanager
+def _packed(
+    bench: Bench, plan: Allocation, method: Method, target: str
+) -> Iterator[tuple[dict[str, int], PreTrainedModel]]:
+    """A plan packed and loaded again; with the bytes of its tensors and of its weight files."""
+    folder = Path(tempfile.mkdtemp(prefix="mxq-bench-"))
+    try:
+        report = pack(
+            bench.adapter, bench.batches, plan, folder / "out", method=method, target=target
+        )
+        packed = AutoModelForCausalLM.from_pretrained(folder / "out", dtype=torch.float32)
+        files = sum(path.stat().st_size for path in (folder / "out").glob("*.safetensors*"))
+        yield {"tensor_bytes": report.tensor_bytes, "file_bytes": files}, packed.eval()
+    finally:
+        shutil.rmtree(folder)
+
+
+def _decoded(bench: Bench, packed: PreTrainedModel) -> dict[str, Tensor]:
+    """What every block of a loaded checkpoint decodes to."""
     found = {}
     for block in bench.blocks:
         linear = packed.get_submodule(block.module)

@@ -2,13 +2,14 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from accuracy.bench import Bench, budget_bits
-from mxq.artifacts import Allocation, SensitivityTable
+from mxq.artifacts import Allocation, BlockInfo, SensitivityTable
+from mxq.blocks import LinearBlock
 from mxq.config import default_schemes
 from mxq.profiling.losses import MeasureSettings
 from mxq.profiling.measure import measure
@@ -104,15 +105,22 @@ def _uniform(table: SensitivityTable, scheme: Scheme) -> Allocation:
     """The uniform plan; its loss is not predicted where the table lacks the scheme."""
     if scheme in table.schemes:
         return uniform(table, scheme)
-    shapes = [(block.out_features, block.in_features) for block in table.blocks]
+    return uniform_plan(table.blocks, scheme, table.unit)
+
+
+def uniform_plan(
+    blocks: Sequence[LinearBlock] | Sequence[BlockInfo], scheme: Scheme, unit: str
+) -> Allocation:
+    """One scheme for all blocks; nothing is predicted."""
+    shapes = [(block.out_features, block.in_features) for block in blocks]
     return Allocation(
-        schemes={block.name: scheme for block in table.blocks},
+        schemes={block.name: scheme for block in blocks},
         predicted_loss=math.nan,
         bound=math.nan,
         proven=False,
         storage_bits=sum(scheme.storage_bits(*shape) for shape in shapes),
         weights=sum(n * k for n, k in shapes),
         asked_bits=0.0,
-        unit=table.unit,
+        unit=unit,
         description=f"uniform {scheme}",
     )

@@ -108,12 +108,23 @@ def _monotone(
         min(
             row[t]
             for t in range(len(schemes))
-            if t == s or (bits[t] <= bits[s] and schemes[t].a_bits <= schemes[s].a_bits)
+            if t == s or (bits[t] <= bits[s] and _reads_no_less(schemes[s], schemes[t]))
         )
         if math.isfinite(row[s])
         else math.inf
         for s in range(len(schemes))
     )
+
+
+def _reads_no_less(scheme: Scheme, other: Scheme) -> bool:
+    """Whether a scheme reads inputs at least as exactly as another one.
+
+    Integers and floats of 8 bits are not comparable: one is finer near a token's peak, the other
+    far below it.
+    """
+    if scheme.a_bits == 16:
+        return True
+    return scheme.kind == other.kind and other.a_bits <= scheme.a_bits
 
 
 def block_info(adapter: ModelAdapter, block: LinearBlock, tokens: int) -> BlockInfo:

@@ -13,7 +13,7 @@ from mxq.models.adapter import ModelAdapter
 from mxq.models.probes import Probe
 from mxq.models.source import open_source
 from mxq.models.sweep import make_batches
-from mxq.numerics import dequantize
+from mxq.numerics import dequantize, rotate
 from mxq.profiling.losses import MeasureSettings, _fit_factor
 from mxq.profiling.measure import measure
 from mxq.profiling.sensitivity import SENSITIVITY, LayerContext, Sensitivity
@@ -175,6 +175,31 @@ def test_fisher_equals_brute_force_for_every_block(folder):
             expected = float((slope_T**2).sum()) / TOKENS / 2
             # About 2^10 float32 roundings between an id and a gradient and back.
             assert table[name][place] == pytest.approx(expected, rel=2**10 * EPS), name
+
+
+def read_rounded(x_TK, scheme):
+    """Inputs as the scheme reads them, by its definition: each token on a grid up to its peak."""
+    peak_T1 = x_TK.abs().amax(-1, keepdim=True)
+    if scheme.kind == "fp8":
+        return (x_TK / peak_T1 * 448).to(torch.float8_e4m3fn).double() * peak_T1 / 448
+    steps = {4: 7, 8: 127}[scheme.a_bits]
+    return (x_TK / peak_T1 * steps).round() * peak_T1 / steps
+
+
+@pytest.mark.parametrize("rotation", ["off", "on"])
+def test_fisher_of_rounded_inputs_equals_brute_force_in_the_frame_of_the_layer(folder, rotation):
+    recorder, views = Recorder(), views_of(whole_model(folder))
+    schemes = parse_schemes("w4a4_grow_sym,w4a8_grow_sym,fp8")
+    table = run(folder, "fisher", schemes=schemes, rotation=rotation, quantizer=recorder)
+    raw, turn = losses_of(table), rotate if rotation == "on" else (lambda x: x)
+    for name, (x_TK, grad_TN) in slow_gradients(folder).items():
+        for place, scheme in enumerate(schemes):
+            w_NK = recorder.of(turn(views[name].float()), scheme)
+            z_hat_TN = read_rounded(turn(x_TK), scheme) @ w_NK.T
+            slope_T = ((z_hat_TN - x_TK @ views[name].T) * grad_TN).sum(-1)
+            expected = float((slope_T**2).sum()) / TOKENS / 2
+            # A change of half a percent of the output leaves 2^8 times the relative error of both.
+            assert raw[name][place] == pytest.approx(expected, rel=2**14 * EPS), (name, scheme)
 
 
 # --- layer_out --------------------------------------------------------------------------------
@@ -384,6 +409,11 @@ def scripted(*values):
         ("w3a16_g32_asym,w4a8_g32_asym", (1, 2), (1, 2)),
         # ... but one that rounds them no less is.
         ("w3a8_g32_asym,w4a16_g32_asym", (1, 2), (1, 1)),
+        ("w4a4_grow_sym,w8a8_grow_sym", (1, 2), (1, 1)),
+        # Integer and float inputs are rounded in ways that bound each other in no direction.
+        ("fp8,w8a8_grow_sym", (1, 2), (1, 2)),
+        ("fp8,w8a8_grow_sym", (2, 1), (2, 1)),
+        ("w4a8_grow_sym,fp8,bf16", (1, 2, 3), (1, 2, 1)),
     ],
 )
 def test_rows_are_made_monotone_by_hand(folder, texts, raw, expected):
