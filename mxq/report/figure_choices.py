@@ -37,6 +37,7 @@ def kept_choices(facts: Facts) -> go.Figure | None:
             )
         )
     by_layer(figure, sorted({one.layer for found in known.values() for one in found}), 280)
+    figure.update_xaxes(zeroline=False)
     least = min(one.share for found in known.values() for one in found)
     room = max(0.08 * (1 - least), 1e-4)
     return figure.update_yaxes(
