@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from accuracy.goals import Row, at, budget
-from speed.page import PROCESSORS, clocked
+from speed.page import PROCESSORS, clocked, made_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,17 +48,17 @@ def _section(
         if costs[name] is not None or any(row["method"] == effort.method for row in rows)
     ]
     sizes = list(dict.fromkeys(row["size"] for row in rows))
-    commits = ", ".join(dict.fromkeys(row["commit"] for row in costs.values() if row is not None))
+    runs = [made_at(row) for row in costs.values() if row is not None]
     heads = [f"KL, {budget(size)}" for size in sizes]
     return [
         f"## What an effort gains and costs: {accuracy[1]['model']}",
         "",
         f"KL to the original on held-out text, of `{accuracy[0]}`: the mean over the seeds that "
         "all efforts of a budget have. The time is that of the processors for a whole run, of "
-        f"`{pipeline[0]}` (commit {commits or 'none'}): {settings['small_samples']} x "
-        f"{settings['seqlen']} tokens, {len(settings['mxq_schemes'])} schemes, {settings['bits']:g} bits, every linear of the "
-        "decoder layers, the uniform plan packed beside; s per million is of the parameters that "
-        "were quantized.",
+        f"`{pipeline[0]}` ({'; '.join(runs)}): {settings['small_samples']} x {settings['seqlen']} "
+        f"tokens, {len(settings['mxq_schemes'])} schemes, {settings['bits']:g} bits, every linear "
+        "of the decoder layers, the uniform plan packed beside; s per million is of the parameters "
+        "that were quantized.",
         "",
         f"| `--effort` | quantizer | target | {' | '.join(heads)} | processors, s | s per million "
         f"| time over {known[0]} |",

@@ -115,7 +115,7 @@ def _where(results: Mapping[str, Any]) -> list[str]:
     for case in CLOCKED:
         row = clocked(results, case)
         if row is not None:
-            place = f"{NAMES[case]}, {_model(row)}, commit {row['commit']}"
+            place = f"{NAMES[case]}, {_model(row)}, {made_at(row)}"
             lines += [f"Where the processors' time goes, {place}:", "", *_parts(row), ""]
     return lines
 
@@ -127,6 +127,11 @@ def clocked(results: Mapping[str, Any], case: str) -> Row | None:
     """
     rows = (*results.get("loaded", ()), *results["rows"])
     return next((row for row in rows if row["case"] == case and "clock" in row), None)
+
+
+def made_at(row: Row) -> str:
+    """The commit that ran, and how many programs did when it started."""
+    return f"commit {row['commit']}, load {row['load_at_start']:.1f} at the start"
 
 
 def _parts(row: Row) -> list[str]:

@@ -18,8 +18,8 @@ def judged(method, size, seed, kl, *made):
 
 def timed(case, *seconds, **more):
     clock = [{"stage": "s", "part": "p", "processor_s": s, "wall_s": 99.0} for s in seconds]
-    row = {"case": case, "commit": "abc", "quantized_weights": 5_000_000, "clock": clock}
-    return row | more
+    row = {"case": case, "commit": "abc", "load_at_start": 0.5, "quantized_weights": 5_000_000}
+    return {**row, "clock": clock, **more}
 
 
 ROWS = [
@@ -57,10 +57,11 @@ def test_an_effort_without_a_time_has_its_gain_and_none_without_either():
 
 
 def test_a_run_beside_other_programs_is_the_newer_one():
-    again = timed("small/mxq", 20.0, commit="def")
+    again = timed("small/mxq", 20.0, commit="def", load_at_start=7.25)
     lines = section(ROWS, [timed("small/mxq", 10.0), timed("small/mxq-balanced", 15.0)], [again])
     assert "| `fast` | `gptq` | `local` | 0.25000 | 0.12500 | 20 | 4.0 | 1.00 |" in lines
-    assert "(commit def, abc)" in lines[2]
+    told = "(commit def, load 7.2 at the start; commit abc, load 0.5 at the start)"
+    assert told in lines[2]
 
 
 def test_files_of_two_models_have_nothing_to_tell_together():

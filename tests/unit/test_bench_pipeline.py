@@ -332,9 +332,9 @@ def test_a_run_beside_other_programs_gives_steps_and_no_totals(tmp_path):
     text = "\n".join(page.speed_sections({"pipeline-x.json": found}))
     assert "at least 3 times, found 3.25 (**reached**)" in text
     assert "400.0" not in text
-    assert "all stages, tiny (some, 20.0 M), commit def:" in text
+    assert "all stages, tiny (some, 20.0 M), commit def, load 0.1 at the start:" in text
     assert "| forward | 100.0% | 100.0% | 2.000 |" in text
-    assert "commit abc:" not in text
+    assert "commit abc" not in text
 
 
 def test_the_page_names_what_failed_and_gives_the_spread_of_runs():
