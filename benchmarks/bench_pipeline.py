@@ -10,8 +10,8 @@ AutoScheme with export and llm-compressor's GPTQ on the small one, in environmen
 quantize every linear of the decoder layers, and load the model within the time; imports are timed
 apart. The file is written after each case, and the same command goes on where it stopped. Nothing
 else should run on the machine meanwhile; each row has the load that it started under. Where
-something does, ``--loaded`` keeps the rows apart: no total and no goal is taken from them, but the
-processors' seconds of mxq's steps.
+something does, ``--loaded`` runs with one thread and keeps the rows apart: no total and no goal is
+taken from them, but the processor's seconds of mxq's steps.
 """
 
 import argparse
@@ -52,13 +52,16 @@ def main() -> int:
     shape = QUICK_SHAPE if arguments.quick else RandomShape(arguments.random_gb)
     results = _open_results(arguments, amounts, shape)
     kind = "loaded" if arguments.loaded else "rows"
+    # Threads that wait for one that another program has put off take a processor's time.
+    used = replace(amounts, threads=1) if arguments.loaded else amounts
     room = Path(tempfile.mkdtemp(prefix="mxq-speed-", dir=arguments.folder))
     try:
         for run in range(arguments.runs):
             for case in chosen_cases(arguments.only, random_peer=arguments.random_peer):
                 if not _is_done(results, case, run, kind):
-                    row = _run(case, arguments, amounts, shape, room)
-                    _add(results, {"run": run, "commit": commit(), **row}, arguments.json, kind)
+                    row = {"run": run, "commit": commit(), "threads": used.threads}
+                    row |= _run(case, arguments, used, shape, room)
+                    _add(results, row, arguments.json, kind)
     finally:
         shutil.rmtree(room, ignore_errors=True)
     for goal in goals_of(results["rows"]):
@@ -205,7 +208,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--loaded",
         action="store_true",
-        help="other programs run beside it: rows are kept apart, for the steps of mxq alone",
+        help="other programs run beside it: one thread, rows apart, for the steps of mxq alone",
     )
     parser.add_argument("--runs", type=int, default=1, help="of every case; the page has medians")
     parser.add_argument("--samples", type=int, default=amounts.small_samples)

@@ -71,7 +71,7 @@ def _section(name: str, results: Mapping[str, Any]) -> list[str]:
         "",
         "Below are seconds of all processors together, as the steps of mxq took them; s per "
         "million is of the parameters that were quantized. Where it was run again, beside other "
-        "programs, a case has the steps of that run.",
+        "programs with one thread, a case has the steps of that run.",
         "",
         *_where(results),
         *_left_out(rows),
@@ -130,8 +130,9 @@ def clocked(results: Mapping[str, Any], case: str) -> Row | None:
 
 
 def made_at(row: Row) -> str:
-    """The commit that ran, and how many programs did when it started."""
-    return f"commit {row['commit']}, load {row['load_at_start']:.1f} at the start"
+    """The commit that ran, its threads where they are not the file's, and the load at the start."""
+    threads = ", one thread" if row.get("threads") == 1 else ""
+    return f"commit {row['commit']}{threads}, load {row['load_at_start']:.1f} at the start"
 
 
 def _parts(row: Row) -> list[str]:

@@ -323,7 +323,7 @@ def test_the_page_has_totals_goals_and_shares_from_rows_alone():
 def test_a_run_beside_other_programs_gives_steps_and_no_totals(tmp_path):
     quiet = row("small/mxq", 40.0, clock=CLOCK, original_nll=4.25)
     steps = [{**CLOCK[0], "processor_s": 32.0}]
-    busy = row("small/mxq", 400.0, clock=steps, commit="def")
+    busy = row("small/mxq", 400.0, clock=steps, commit="def", threads=1)
     found = results([quiet, row("small/autoround", 130.0)])
     bench_pipeline._add(found, busy, tmp_path / "x.json", "loaded")
     assert [entry["total_s"] for entry in found["rows"]] == [40.0, 130.0]
@@ -332,7 +332,7 @@ def test_a_run_beside_other_programs_gives_steps_and_no_totals(tmp_path):
     text = "\n".join(page.speed_sections({"pipeline-x.json": found}))
     assert "at least 3 times, found 3.25 (**reached**)" in text
     assert "400.0" not in text
-    assert "all stages, tiny (some, 20.0 M), commit def, load 0.1 at the start:" in text
+    assert "all stages, tiny (some, 20.0 M), commit def, one thread, load 0.1 at the start:" in text
     assert "| forward | 100.0% | 100.0% | 2.000 |" in text
     assert "commit abc" not in text
 
