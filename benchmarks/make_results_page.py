@@ -10,6 +10,7 @@ from typing import Any
 
 from accuracy.page import accuracy_section, readme_table
 from accuracy.ranking import ranking_section
+from accuracy.scope import scope_section
 from compiled_page import compiled_sections
 from efforts import effort_sections
 from group_gemm.page import timing_sections
@@ -39,6 +40,8 @@ def main() -> None:
     parts += effort_sections(accuracies, pipelines)
     for path in sorted(RESULTS.glob("ranking-*.json")):
         parts += ranking_section(path.name, json.loads(path.read_text()))
+    for path in sorted(RESULTS.glob("scope-*.json")):
+        parts += scope_section(path.name, json.loads(path.read_text()))
     for path in sorted(RESULTS.glob("solver-*.json")):
         parts += solver_section(path.name, json.loads(path.read_text()))
     parts += speed_sections(pipelines)

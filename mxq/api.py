@@ -68,6 +68,7 @@ def quantize(  # noqa: PLR0913  (each option stands alone and has a default)
     max_latency_us: float | None = None,
     engine: str | None = None,
     tensor_parallel: int = 1,
+    pin: str = "auto",
     work: str | PathLike[str] | None = None,
     overwrite: bool = False,
     guard: bool = True,
@@ -118,6 +119,8 @@ def quantize(  # noqa: PLR0913  (each option stands alone and has a default)
             for transformers without mxq, "trtllm"): only schemes that it takes are measured, and
             rotation is off.
         tensor_parallel: Ranks that the engine will split each weight over.
+        pin: "auto" keeps experts whose outputs are far above those of their layer at 8 bits or
+            more (the widest schemes, where none has 8); "off". Not with "mxmoe" or a forced plan.
         work: Folder of the stages' results; None is ``work`` in the output folder.
         overwrite: Whether to replace what the output folder holds.
         guard: Whether to pack the uniform plan of the same size too and write the better one.
@@ -155,6 +158,7 @@ def quantize(  # noqa: PLR0913  (each option stands alone and has a default)
             profiles=profile_folder(None),
             engine=engine,
             tensor_parallel=tensor_parallel,
+            pin=pin,
         ),
         output=OutputOptions(Path(output), None if work is None else Path(work), overwrite, guard),
         calibration=CalibrationOptions(

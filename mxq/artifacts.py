@@ -78,7 +78,9 @@ class Allocation:
     sum under the same budgets, ``proven`` says whether the two agree to the solver's gap.
     ``predicted_latency_us`` is None where no latency was asked for. ``engine`` is whose rules the
     plan keeps, None for mxq's own runtime, ``tensor_parallel`` its ranks, and ``unrestricted_loss``
-    the least loss found without those rules, None where it was not looked for.
+    the least loss found without those rules, None where it was not looked for. ``pinned`` are the
+    experts that the plan had to give its widest schemes, with how many times their outputs are
+    those of their layer.
     """
 
     schemes: Mapping[str, Scheme]
@@ -96,6 +98,7 @@ class Allocation:
     engine: str | None = None
     tensor_parallel: int = 1
     unrestricted_loss: float | None = None
+    pinned: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def engine_cost(self) -> float | None:

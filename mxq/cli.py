@@ -29,6 +29,7 @@ from mxq.cli_options import (
     Objective,
     Output,
     Overwrite,
+    Pin,
     Plan,
     Quantizer,
     R,
@@ -122,6 +123,7 @@ def quantize(
     max_latency: MaxLatency = None,
     engine: Engine = None,
     tp: TensorParallel = 1,
+    pin: Pin = "auto",
     work: WorkOption = None,
     overwrite: Overwrite = False,
     guard: Guard = True,
@@ -153,6 +155,7 @@ def quantize(
                 profiles_folder(),
                 engine,
                 tp,
+                pin,
             ),
             OutputOptions(output, work, overwrite, guard),
             _calibration(model, calibration, samples, seqlen, seed, expert_floor),
@@ -262,6 +265,7 @@ def allocate(
     max_latency: MaxLatency = None,
     engine: Engine = None,
     tp: TensorParallel = 1,
+    pin: Pin = "auto",
 ) -> None:
     """Plan another budget from what was measured: seconds, no layer of the model is read.
 
@@ -285,6 +289,7 @@ def allocate(
             profiles_folder(),
             engine,
             tp,
+            pin,
         )
         space = Workspace(work)
         plans = pipeline.plan_again(space, options)

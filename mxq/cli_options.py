@@ -187,6 +187,15 @@ Objective = Annotated[
         rich_help_panel=RULES,
     ),
 ]
+Pin = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="auto: experts whose outputs are far above those of their layer keep 8 bits or the "
+        "widest scheme, as the model may break without them (not with mxmoe); or off.",
+        rich_help_panel=RULES,
+    ),
+]
 R = Annotated[
     float,
     typer.Option("--r", metavar="NUMBER", help="The r of mxmoe.", rich_help_panel=RULES),

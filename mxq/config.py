@@ -16,6 +16,7 @@ ROTATIONS = ("auto", "on", "off")
 GRANULARITIES = ("block", "expert", "projection", "layer")
 OBJECTIVES = ("loss", "mxmoe")
 TARGETS = ("original", "local")
+PINS = ("auto", "off")
 EFFORTS: Mapping[str, tuple[str, str]] = {
     "fast": ("gptq", "local"),
     "balanced": ("refined", "original"),
@@ -112,7 +113,8 @@ class AllocateOptions:
     of all weight files and their index; ``plan`` forces ``uniform:SCHEME``. ``solver`` is a name or
     a ``mxq.search.problem.Solver``. ``profiles`` is the folder of measured profiles of devices.
     ``engine`` names whose rules the plan keeps, None for mxq's own runtime, and
-    ``tensor_parallel`` over how many ranks it will be split there.
+    ``tensor_parallel`` over how many ranks it will be split there. ``pin`` "auto" gives experts
+    without which the model would break the widest schemes; "mxmoe" and a forced plan pin none.
     """
 
     bits: float | None = None
@@ -130,10 +132,12 @@ class AllocateOptions:
     profiles: Path | None = None
     engine: str | None = None
     tensor_parallel: int = 1
+    pin: str = "auto"
 
     def __post_init__(self) -> None:
         """Raise ValueError for choices that do not exist, contradict or are out of range."""
         self._check_ranges()
+        check_choice("pin", self.pin, PINS)
         check_choice("granularity", self.granularity, GRANULARITIES)
         check_choice("objective", self.objective, OBJECTIVES)
         given = [name for name, v in self._budgets().items() if v is not None]

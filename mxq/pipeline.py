@@ -26,8 +26,9 @@ from mxq.finish import Finish, QuantizeResult, pack_and_choose
 from mxq.for_engine import measured_for, notes_for
 from mxq.models.adapter import ModelAdapter
 from mxq.models.source import open_source
+from mxq.pinning import pins_for, pins_of
 from mxq.planning import keep_plans, options_of, plan, run_allocate
-from mxq.preflight import check_request, check_writable
+from mxq.preflight import check_pinned, check_request, check_writable
 from mxq.profile_stage import CalibrationData, run_profile
 from mxq.profiling.activation import ActivationStats
 from mxq.profiling.losses import LayerLosses, MeasureSettings
@@ -91,6 +92,9 @@ def run_quantize(
             data=data,
             report=report,
             kept_for=None if finished is None or options.output.overwrite else options.output,
+        )
+        check_pinned(
+            adapter, options.allocate, measured, choices, pins_for(options.allocate, profile)
         )
         if work.team.leads and choices is None:
             digests = adapter.source.digest(), tokens.digest
@@ -158,7 +162,7 @@ def plan_again(work: Workspace, options: AllocateOptions) -> dict[str, Allocatio
     if work.path("profile").is_file():
         check_measured_on(work, table)
     adapter = None if options.size_bytes is None else open_adapter(work.settings().model)
-    plans = plan(table, options, adapter)
+    plans = plan(table, options, adapter, pins=pins_of(work, table, options))
     with work.locked():
         keep_plans(work, table, options, plans)
     return plans

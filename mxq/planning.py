@@ -1,7 +1,7 @@
 """Stages 3 and 4: the price of every block under every scheme, and the plan that fits a budget."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 from mxq.artifacts import Allocation, Provenance, SensitivityTable
 from mxq.checkpoint.size import block_budget
@@ -11,6 +11,7 @@ from mxq.for_engine import Inside, Ties, best_inside, inside, marked
 from mxq.json_values import decode
 from mxq.latency import load_pricing
 from mxq.models.adapter import ModelAdapter
+from mxq.pinning import NO_PINS, Pins, keep_wide, naming_pins, pins_of
 from mxq.scheme import Scheme
 from mxq.search.allocate import allocate, best_uniform, uniform
 from mxq.search.cost import LatencyModel
@@ -32,11 +33,12 @@ def run_allocate(
     """Stages 3 and 4, kept too: a solver that ran into its time limit need not give it again."""
 
     def make() -> _Plans:
-        provenance = _made_from(table, options)
+        pins = pins_of(work, table, options)
+        provenance = _made_from(table, options, pins)
         # Nobody knows whether another run's own solver was the same.
         solved = None if callable(options.solver) else work.cached("plans", _Plans, provenance)
         if solved is None:
-            solved = _Plans(plan(table, options, adapter), provenance)
+            solved = _Plans(plan(table, options, adapter, pins=pins), provenance)
             work.save("plans", solved)
         work.save("allocation", solved.plans["plan"])
         return solved
@@ -51,7 +53,7 @@ def keep_plans(
     plans: Mapping[str, Allocation],
 ) -> None:
     """Write plans that were solved anew, with the options that they answer."""
-    work.save("plans", _Plans(plans, _made_from(table, options)))
+    work.save("plans", _Plans(plans, _made_from(table, options, plans["plan"].pinned)))
     work.save("allocation", plans["plan"])
 
 
@@ -67,7 +69,7 @@ def options_of(work: Workspace, plan: Allocation) -> AllocateOptions | None:
     return options if solved.plans.get("plan") == plan else None
 
 
-def _made_from(table: SensitivityTable, options: AllocateOptions) -> Provenance:
+def _made_from(table: SensitivityTable, options: AllocateOptions, pins: Pins) -> Provenance:
     asked = {name: value for name, value in asdict(options).items() if name != "profiles"}
     if callable(options.solver):
         asked["solver"] = OWN
@@ -80,17 +82,22 @@ def _made_from(table: SensitivityTable, options: AllocateOptions) -> Provenance:
     return make_provenance(
         table.provenance.model_digest,
         table.provenance.calibration_digest,
-        {**asked, "table": digest_of(to_text(table))},
+        {**asked, "pinned": dict(pins), "table": digest_of(to_text(table))},
     )
 
 
 def plan(
-    table: SensitivityTable, options: AllocateOptions, adapter: ModelAdapter | None = None
+    table: SensitivityTable,
+    options: AllocateOptions,
+    adapter: ModelAdapter | None = None,
+    *,
+    pins: Pins = NO_PINS,
 ) -> dict[str, Allocation]:
     """Stages 3 and 4: prices and the plan, with the uniform plan of the same size beside it.
 
     ``adapter`` is needed for a budget of the whole checkpoint only. With an engine both keep its
-    rules, and the plan says what the best one without them would lose.
+    rules, and the plan says what the best one without them would lose. ``pins`` bind the plan, not
+    the uniform one.
     """
     cost = None
     if options.device is not None:
@@ -105,7 +112,7 @@ def plan(
     if options.size_bytes is not None:
         assert adapter is not None
         limit = block_budget(adapter, options.size_bytes)
-    chosen = _solved(table, found, _Budget(options, cost, limit))
+    chosen = _solved(table, found, _Budget(options, cost, limit, pins))
     if options.floor_bits is not None:
         return {"plan": chosen}  # a uniform plan keeps the floor only by chance
     tables = (table,) if found is None else found.tables
@@ -120,14 +127,20 @@ def plan(
 
 @dataclass(frozen=True, slots=True)
 class _Budget:
-    """What plans are asked for, with the prices of a device and the bits left for blocks."""
+    """What plans are asked for: prices of a device, bits left for blocks, pinned experts."""
 
     options: AllocateOptions
     cost: LatencyModel | None
     limit: int | None
+    pins: Pins
 
     def solve(self, table: SensitivityTable, ties: Ties) -> Allocation:
-        """The best plan of a table."""
+        """The best plan of a table that gives pinned experts its widest schemes."""
+        with naming_pins(self.pins):
+            found = self._solve(keep_wide(table, self.pins), ties)
+        return replace(found, pinned=dict(self.pins))
+
+    def _solve(self, table: SensitivityTable, ties: Ties) -> Allocation:
         options = self.options
         return allocate(
             table,

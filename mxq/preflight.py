@@ -13,6 +13,7 @@ from mxq.config import AllocateOptions, MeasureOptions, OutputOptions
 from mxq.for_engine import choices_of
 from mxq.latency import load_pricing
 from mxq.models.adapter import ModelAdapter
+from mxq.pinning import NO_PINS, Pins, naming_pins, widest
 from mxq.profiling.losses import MeasureSettings
 from mxq.profiling.table import check_fit
 from mxq.publish import check_apart
@@ -33,9 +34,22 @@ def check_request(
     solver_named(allocate.solver)
     if allocate.device is not None:
         load_pricing(allocate.device, allocate.profiles)
-    _check_budget(adapter, allocate, settings)
+    _check_budget(adapter, allocate, settings, NO_PINS)
     for folder in (output.output, output.work_folder):
         check_writable(folder)
+
+
+def check_pinned(
+    adapter: ModelAdapter,
+    allocate: AllocateOptions,
+    measured: MeasureOptions,
+    choices: Choices | None,
+    pins: Pins,
+) -> None:
+    """Raise ValueError if pinned experts leave no plan in the budget, before it is measured."""
+    if pins:
+        with naming_pins(pins):
+            _check_budget(adapter, allocate, measure_settings(adapter, measured, choices), pins)
 
 
 def check_writable(folder: Path) -> None:
@@ -51,20 +65,23 @@ def check_writable(folder: Path) -> None:
 
 
 def _check_budget(
-    adapter: ModelAdapter, options: AllocateOptions, settings: MeasureSettings
+    adapter: ModelAdapter, options: AllocateOptions, settings: MeasureSettings, pins: Pins
 ) -> None:
     """Raise ValueError if the cheapest candidate of every block is over the budget."""
     if options.plan is not None:
         return
     blocks = adapter.blocks()
+    is_pinned = [f"{adapter.site_of(block)}.{block.expert}" in pins for block in blocks]
     weights = sum(block.weights for block in blocks)
     limit = (options.bits or 0) * weights
     if options.size_bytes is not None:
         limit = block_budget(adapter, options.size_bytes)
     cheapest = min(
         sum(
-            min(s.storage_bits(b.out_features, b.in_features) for s in may)
-            for b, may in zip(blocks, choices, strict=True)
+            min(
+                s.storage_bits(b.out_features, b.in_features) for s in (widest(may) if pin else may)
+            )
+            for b, may, pin in zip(blocks, choices, is_pinned, strict=True)
         )
         for choices in choices_of(adapter, options, settings)
     )

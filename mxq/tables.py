@@ -15,6 +15,7 @@ from mxq.finish import QuantizeResult
 from mxq.heldout import MeasuredLoss
 from mxq.machine import Machine
 from mxq.profiling.activation import ActivationStats
+from mxq.profiling.super_experts import find_super_experts
 from mxq.report.comparison import HEADS, Compared, caption, original_row, plan_row
 from mxq.report.words import (
     cold_experts,
@@ -23,6 +24,7 @@ from mxq.report.words import (
     is_uniform,
     kept_choices,
     measured_on,
+    pin_lines,
     plan_name,
     unrouted_experts,
 )
@@ -70,6 +72,7 @@ def show_plans(plans: Mapping[str, Allocation], table: SensitivityTable) -> None
     console = make_console()
     console.print(summary)
     _show_engine(plans["plan"], console)
+    _show_pins(plans["plan"], console)
 
 
 def show_allocation(plan: Allocation, blocks: Sequence[BlockInfo]) -> None:
@@ -150,6 +153,7 @@ def coverage_lines(result: QuantizeResult) -> list[str]:
     """What was quantized, what was kept and which experts were cold."""
     lines = [f"Quantized {counted(len(result.blocks), 'linear block')}; kept in their type:"]
     lines += [f"  {counted(count, 'tensor')}: {why}" for why, count in sorted(result.kept.items())]
+    lines += pin_lines(result.plans[result.written], result.profile)
     unrouted = result.packs[result.written].unrouted
     return lines + _yellow([*cold_experts(result.profile), *unrouted_experts(unrouted)])
 
@@ -179,6 +183,11 @@ def show_profile(stats: ActivationStats) -> None:
         f"{counted(stats.added_samples, 'spare sample')}, {len(stats.cold)} still under "
         f"{counted(stats.floor, 'fitting token')}"
     )
+    for expert in find_super_experts(stats.sites):
+        console.print(
+            f"{expert.name} puts out {expert.times:.0f} times what its layer's other experts do: "
+            "plans keep it wide (--pin)"
+        )
 
 
 def show_sensitivity(table: SensitivityTable) -> None:
@@ -204,6 +213,7 @@ def show_work(space: Workspace) -> None:
         show_sensitivity(space.sensitivity())
         if space.path("allocation").is_file():
             show_allocation(space.allocation(), space.sensitivity().blocks)
+            _show_pins(space.allocation(), make_console())
 
 
 def show_needs(needs: Needs, found: Machine) -> None:
@@ -249,6 +259,11 @@ def _show_engine(plan: Allocation, console: Console) -> None:
     console.print(escape(line))
     for warning in format_warnings(load_rules(plan.engine), plan.schemes.values()):
         console.print(f"[yellow]{escape(warning)}")
+
+
+def _show_pins(plan: Allocation, console: Console) -> None:
+    for line in pin_lines(plan):
+        console.print(escape(line))
 
 
 def _column_of(block: BlockInfo) -> str:

@@ -7,6 +7,7 @@ import numpy as np
 
 from mxq.artifacts import BlockInfo, Provenance, SensitivityTable
 from mxq.config import CalibrationOptions, MeasureOptions, ModelOptions
+from mxq.profiling.activation import ActivationStats
 from mxq.scheme import parse_schemes
 from mxq.workspace import RunSettings, Workspace
 
@@ -42,10 +43,16 @@ def random_table(*, layers=3, experts=5, seed=0):
 
 
 def save_work(folder: Path, table, *, model="a/model"):
-    """A work folder as ``mxq measure`` leaves it, without the calibration tokens."""
+    """A work folder as ``mxq measure`` leaves it, without calibration tokens and profile."""
     work = Workspace(folder)
     settings = RunSettings(ModelOptions(model), CalibrationOptions(), MeasureOptions(), "m")
     folder.mkdir(parents=True, exist_ok=True)
     work.save("settings", settings)
     work.save("sensitivity", table)
     return work
+
+
+def save_profile(work, sites=()):
+    """The profile of a work folder, with that of some experts or none."""
+    made_from = Provenance("m", "c")
+    work.save("profile", ActivationStats(("x",), 9, sites, 0, (), (), 0, "c", made_from))

@@ -100,6 +100,7 @@ def _profile(draw, layers, experts):
             coactivation_entropy_max=2.0,
             input_power=(1.0,) * experts,
             inner_power=(1.0,) * experts,
+            down_max=(1.0,) * experts,
         )
         for layer in range(layers if experts else 0)
     )

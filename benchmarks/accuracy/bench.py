@@ -45,9 +45,15 @@ class Bench:
         return self.adapter.blocks()
 
 
-def open_bench(model: str, options: CalibrationOptions, evaluations: Sequence[Evaluation]) -> Bench:
+def open_bench(
+    model: str,
+    options: CalibrationOptions,
+    evaluations: Sequence[Evaluation],
+    *,
+    scope: str = "auto",
+) -> Bench:
     """Draw the calibration rows of a seed."""
-    adapter = ModelAdapter(open_source(model))
+    adapter = ModelAdapter(open_source(model), scope=scope)
     base, spare, heldout = draw_calibration(adapter, options)
     fit = base.input_ids if spare is None else torch.cat([base.input_ids, spare.input_ids])
     batches = make_batches(fit, heldout.input_ids)

@@ -39,16 +39,24 @@ class Answer:
 def judge_plan(
     bench: Bench, plan: Allocation, method: Method, target: str, reference: Sequence[Answer]
 ) -> dict[str, Any]:
-    """Pack a plan of mxq, load the checkpoint, decode it and compare."""
+    """Pack a plan of mxq, load the checkpoint, decode it and compare.
+
+    ``file_bytes`` are those of the weight files and their index.
+    """
     folder = Path(tempfile.mkdtemp(prefix="mxq-bench-"))
     try:
         packed = pack(
             bench.adapter, bench.batches, plan, folder / "out", method=method, target=target
         )
         weights = _decoded(bench, folder / "out")
+        file_bytes = sum(path.stat().st_size for path in (folder / "out").glob("*.safetensors*"))
     finally:
         shutil.rmtree(folder)
-    return {"tensor_bytes": packed.tensor_bytes, **judge_weights(bench, weights, reference)}
+    return {
+        "tensor_bytes": packed.tensor_bytes,
+        "file_bytes": file_bytes,
+        **judge_weights(bench, weights, reference),
+    }
 
 
 def judge_weights(

@@ -13,6 +13,7 @@ from mxq.config import GRANULARITIES, AllocateOptions
 from mxq.engines import ENGINES
 from mxq.explore.question import Setting, allocate_command
 from mxq.explore.session import Explored, Session
+from mxq.pinning import keep_wide
 
 Fields = dict[str, object]
 
@@ -82,7 +83,7 @@ def plan_facts(
 def _range(session: Session) -> tuple[float, float]:
     """Least and most bits per weight of any plan, rounded inwards to hundredths."""
     priced = session.priced
-    there = np.isfinite(priced.loss)
+    there = np.isfinite(np.array(keep_wide(priced.table, session.pins).loss))
     least = float(np.where(there, priced.storage, np.inf).min(axis=1).sum()) / priced.weights
     most = float(np.where(there, priced.storage, -np.inf).max(axis=1).sum()) / priced.weights
     return ceil(least * 100) / 100, max(floor(most * 100), ceil(least * 100)) / 100

@@ -13,6 +13,7 @@ from mxq.explore.server import LocalServer, Site
 from mxq.explore.session import Restricted, Session
 from mxq.for_engine import inside
 from mxq.latency import load_pricing
+from mxq.pinning import pins_of
 from mxq.search.problem import InfeasibleError
 from mxq.workspace import Workspace
 
@@ -77,12 +78,12 @@ def within_rules(table: SensitivityTable, options: AllocateOptions) -> Restricte
 def _session(work: Workspace, setting: Setting) -> Session:
     if (setting.device is None) != (setting.tokens is None):
         raise ValueError("--device and --tokens go together: a latency is of both")
+    table = work.sensitivity()
+    pins = pins_of(work, table, AllocateOptions(bits=16))
     if setting.device is None:
-        return Session(work.sensitivity(), restrict=within_rules)
+        return Session(table, restrict=within_rules, pins=pins)
     cost = load_pricing(setting.device, setting.profiles).cost
-    return Session(
-        work.sensitivity(), cost_model=cost, tokens=setting.tokens, restrict=within_rules
-    )
+    return Session(table, cost_model=cost, tokens=setting.tokens, restrict=within_rules, pins=pins)
 
 
 def _show(url: str) -> None:

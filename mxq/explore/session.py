@@ -13,9 +13,10 @@ import numpy as np
 
 from mxq.artifacts import Allocation, SensitivityTable
 from mxq.config import AllocateOptions
+from mxq.pinning import NO_PINS, Pins, keep_wide, naming_pins
 from mxq.search.allocate import Question, answer, best_of, least_loss_within, uniform_plans
 from mxq.search.cost import LatencyModel
-from mxq.search.prepared import Prepared, prepare, price
+from mxq.search.prepared import Prepared, Priced, prepare, price
 from mxq.search.solver_lagrangian import solve_lagrangian
 
 SOLVER_SECONDS = 0.5
@@ -51,7 +52,7 @@ class Explored:
 class _Rules:
     """Everything for one set of rules: the tables, of which a plan keeps to one, and their groups.
 
-    ``uniforms`` are the uniform plans that keep the rules.
+    ``uniforms`` are the uniform plans that keep the rules; pins do not bind them.
     """
 
     prepared: tuple[Prepared, ...]
@@ -68,10 +69,12 @@ class Session:
         cost_model: LatencyModel | None = None,
         tokens: float | None = None,
         restrict: Restrict = unrestricted,
+        pins: Pins = NO_PINS,
         solver_seconds: float = SOLVER_SECONDS,
     ) -> None:
         self.priced = price(table, cost_model, tokens)
         self.uniforms = uniform_plans(self.priced)
+        self.pins = pins
         self._restrict = restrict
         self._solver = partial(solve_lagrangian, time_limit_s=solver_seconds)
         self._rules: dict[AllocateOptions, _Rules] = {}
@@ -91,7 +94,8 @@ class Session:
             rules = self._rules_of(options)
             limits = (limit, options.floor_bits, options.max_latency_us)
             questions = (Question(p, *limits, self._solver) for p in rules.prepared)
-            plan = best_of([partial(answer, question) for question in questions])
+            with naming_pins(self.pins):
+                plan = best_of([partial(answer, question) for question in questions])
             seconds = time.perf_counter() - start
         beside = None
         if options.floor_bits is None:
@@ -119,18 +123,22 @@ class Session:
         tables, ties = self._restrict(self.priced.table, options)
         # Prices are of blocks and schemes, which a restriction leaves as they are.
         allowed = [
-            replace(self.priced, table=table, loss=np.array(table.loss, dtype=np.float64))
-            for table in tables
+            (self._priced(table), self._priced(keep_wide(table, self.pins))) for table in tables
         ]
-        return _Rules(
-            tuple(
+        with naming_pins(self.pins):
+            prepared = tuple(
                 prepare(
                     priced,
                     granularity=options.granularity,
                     tie_gate_up=options.tie_gate_up,
                     ties=ties,
                 )
-                for priced in allowed
-            ),
-            tuple(plan for priced in allowed for plan in uniform_plans(priced)),
+                for _, priced in allowed
+            )
+        return _Rules(
+            prepared, tuple(plan for priced, _ in allowed for plan in uniform_plans(priced))
         )
+
+    def _priced(self, table: SensitivityTable) -> Priced:
+        """The prices with the losses of a table that was restricted."""
+        return replace(self.priced, table=table, loss=np.array(table.loss, dtype=np.float64))

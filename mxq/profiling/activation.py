@@ -13,10 +13,13 @@ from torch import Tensor
 
 from mxq.artifacts import Provenance
 from mxq.models.adapter import ModelAdapter
-from mxq.models.experts import is_fused_experts
+from mxq.models.experts import Linear, dense_linear, is_fused_experts
 from mxq.models.lockstep import LayerCall
 from mxq.models.probes import SiteInputs, expert_inputs
 from mxq.models.sweep import Batches, OnProgress, sweep_forward
+
+OUTPUT_ROWS = 4096
+"""Tokens whose outputs of a down projection are in memory at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +30,8 @@ class SiteStats:
     routing weights. ``coactivation_entropy`` is the entropy in nats of which pair of experts a
     token takes together, ``coactivation_entropy_max`` that of a uniform choice of pairs.
     ``input_power[expert]`` and ``inner_power[expert]`` are mean squares of the inputs of gate/up
-    and of down; 0 where no token came.
+    and of down, ``down_max[expert]`` is the largest magnitude that down puts out, before the
+    routing weight; 0 where no token came.
     """
 
     site: str
@@ -37,6 +41,7 @@ class SiteStats:
     coactivation_entropy_max: float
     input_power: tuple[float, ...]
     inner_power: tuple[float, ...]
+    down_max: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,15 +158,16 @@ def _site_stats(
     tokens_ED, mass_ED = (counts @ to_domain for counts in by_sample)
     experts = len(tokens_ED)
     entropy, most = _pair_entropy(inputs, experts)
-    powers = _powers(adapter, inputs, experts)
+    at_work = _at_work(adapter, inputs, experts)
     return SiteStats(
         site=inputs.site,
         tokens=tuple(tuple(int(v) for v in row) for row in tokens_ED.tolist()),
         gate_mass=tuple(tuple(row) for row in mass_ED.tolist()),
         coactivation_entropy=entropy,
         coactivation_entropy_max=most,
-        input_power=powers[0],
-        inner_power=powers[1],
+        input_power=at_work[0],
+        inner_power=at_work[1],
+        down_max=at_work[2],
     )
 
 
@@ -177,17 +183,27 @@ def _pair_entropy(inputs: SiteInputs, experts: int) -> tuple[float, float]:
     return float(-(share * share.log()).sum()), math.log(experts * (experts - 1) / 2)
 
 
-def _powers(
+def _at_work(
     adapter: ModelAdapter, inputs: SiteInputs, experts: int
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean squares of each expert's inputs and inner activations."""
+) -> tuple[tuple[float, ...], ...]:
+    """Of each expert the mean squares of its inputs and inner activations, and its ``down_max``."""
     module = adapter.module(inputs.site)
     assert is_fused_experts(module)
     rows = []
     for expert in range(experts):
         seen = expert_inputs(module, inputs, expert)
-        rows.append([_mean_square(seen.probe(name).x_TK) for name in ("up", "down")])
-    return tuple(row[0] for row in rows), tuple(row[1] for row in rows)
+        inner_TI = seen.probe("down").x_TK
+        largest = _largest(dense_linear(module, expert), inner_TI)
+        rows.append((_mean_square(seen.x_TH), _mean_square(inner_TI), largest))
+    return tuple(zip(*rows, strict=True))
+
+
+def _largest(linear: Linear, inner_TI: Tensor) -> float:
+    """Largest magnitude that the down projection puts out; 0 without tokens."""
+    # Part by part: the outputs of all tokens at once would be as large as the layer's input.
+    starts = range(0, len(inner_TI), OUTPUT_ROWS)
+    parts = (linear("down", inner_TI[start : start + OUTPUT_ROWS]) for start in starts)
+    return max((float(part.abs().max()) for part in parts), default=0.0)
 
 
 def _mean_square(x_TK: Tensor) -> float:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from mxq.artifacts import Allocation, SensitivityTable
 from mxq.counted import counted
 from mxq.for_engine import Ties, best_inside, inside
+from mxq.pinning import keep_wide
 from mxq.report.facts import Facts
 from mxq.search.allocate import allocate, uniform_plans
 from mxq.search.prepared import price
@@ -54,7 +55,7 @@ def loss_curve(facts: Facts, *, seconds: float = 20.0) -> Curve | None:
     def solve(bits: float) -> Allocation:
         def within(table: SensitivityTable, ties: Ties) -> Allocation:
             return allocate(
-                table,
+                keep_wide(table, facts.plan.pinned),
                 bits=bits,
                 granularity=granularity,
                 tie_gate_up=is_tied,
@@ -68,6 +69,7 @@ def loss_curve(facts: Facts, *, seconds: float = 20.0) -> Curve | None:
     others = counted(len(solved), "other budget")
     spoken = f"Solved again for the least loss at {others}, by {granularity}"
     spoken += ", gate and up tied" if is_tied else ""
+    spoken += ", pinned experts wide" if facts.plan.pinned else ""
     spoken += "" if inner is None else f", inside the rules of {inner.rules.title}"
     if asked is not None and (asked.floor_bits is not None or asked.max_latency_us is not None):
         spoken += "; the plan's own limits of bits by layer and of time are left out there"

@@ -112,6 +112,7 @@ def _options(origin: Origin, allocate: AllocateOptions) -> Iterator[tuple[str, s
         "solver",
         "device",
         "tokens",
+        "pin",
     )
     if allocate.bits is not None:
         yield "--bits", _text(allocate.bits)

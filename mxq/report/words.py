@@ -5,7 +5,7 @@ Plain text without markup, the same for the page, the card and the terminal.
 
 import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mxq.artifacts import Allocation
@@ -13,6 +13,7 @@ from mxq.checkpoint.expert_choices import ExpertChoices
 from mxq.counted import counted
 from mxq.heldout import FEW_TOKENS
 from mxq.profiling.activation import ActivationStats
+from mxq.profiling.super_experts import find_super_experts
 from mxq.report.facts import Facts, PlanResult
 from mxq.scheme import Scheme
 
@@ -21,6 +22,10 @@ UNASKED: tuple[object, ...] = (None, [], ())
 
 LOWEST_KL = 5e-6
 """A KL below this is shown as 0 with five decimals, so it is written with a power of ten."""
+
+
+MOST_NAMED = 10
+"""Experts that one line names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +115,26 @@ def engine_line(plan: Allocation) -> str | None:
     )
 
 
+def pin_lines(plan: Allocation, profile: ActivationStats | None = None) -> list[str]:
+    """Which experts are pinned and by how much they stand out, and which do and are not."""
+    lines = []
+    if plan.pinned:
+        lines.append(f"Pinned to the widest formats: {_standing_out(plan.pinned)}.")
+    found = () if profile is None else find_super_experts(profile.sites)
+    free = {expert.name: expert.times for expert in found if expert.name not in plan.pinned}
+    if free:
+        lines.append(f"Not pinned, though they stand out: {_standing_out(free)}.")
+    return lines
+
+
+def _standing_out(times: Mapping[str, float]) -> str:
+    """Experts, those first that stand out most, and what by."""
+    names = sorted(times, key=lambda name: -times[name])
+    parts = [f"{name} ({times[name]:.0f} times)" for name in names[:MOST_NAMED]]
+    parts += [f"{len(names) - MOST_NAMED} more"] if len(names) > MOST_NAMED else []
+    return f"{', '.join(parts)}, by largest output over the median of the layer's other experts"
+
+
 def measured_on(tokens: int) -> str:
     """What a table of plans shows, as its title."""
     return f"Each plan that was packed, on {counted(tokens, 'held-out token')}"
@@ -174,6 +199,7 @@ def coverage(facts: Facts) -> tuple[str, ...]:
         + ".",
     ]
     lines += filter(None, [engine_line(facts.plan)])
+    lines += pin_lines(facts.plan, facts.profile)
     if facts.plan.rotated_layers:
         rotated = ", ".join(map(str, facts.plan.rotated_layers))
         lines.append(f"Layers with rotated inputs: {rotated}.")

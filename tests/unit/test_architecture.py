@@ -66,6 +66,7 @@ LEVELS = {
     "explore": 6,
     "finish": 6,
     "for_engine": 5,
+    "pinning": 5,
     "planning": 6,
     "api": 8,
     "preflight": 6,

@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import bench_accuracy  # noqa: E402
 import bench_ranking  # noqa: E402
-from accuracy import bench, goals, page, peers, ranking, runs  # noqa: E402
+import bench_scope  # noqa: E402
+from accuracy import bench, goals, page, peers, ranking, runs, scope  # noqa: E402
 
 from mxq.artifacts import BlockInfo, Provenance, SensitivityTable  # noqa: E402
 from mxq.blocks import LinearBlock  # noqa: E402
@@ -336,3 +338,54 @@ def test_the_page_says_whether_the_order_is_good_enough(spearman, verdict):
     text = "\n".join(ranking.ranking_section("f.json", {**facts, "rows": rows, "summary": summary}))
     assert verdict in text
     assert "| 0.00 | 0.50000 | 0.75000 | 1.50 |" in text
+
+
+# --- experts beside all linears ---------------------------------------------------------------
+
+
+def test_attention_is_left_its_wide_schemes_and_others_all():
+    table = replace(table_of(blocks=3), schemes=(TWO, EIGHT))
+    name = table.blocks[1].name
+    loss = bench_scope.at_least(table, {name}, 8).loss
+    assert loss == (table.loss[0], (inf, table.loss[1][1]), table.loss[2])
+
+
+def test_bits_of_what_a_plan_leaves_out_are_16():
+    plan = type("Plan", (), {"schemes": {UP.name: TWO}})
+    # Both have 2048 weights; of UP 2 bits and 18 for each group of 128.
+    assert bench_scope.mean_bits([UP], plan) == 2 + 18 / 128
+    assert bench_scope.mean_bits([DOWN], plan) == 16
+    assert bench_scope.mean_bits(BLOCKS, plan) == (2 + 18 / 128 + 16) / 2
+
+
+def test_plans_of_all_linears_are_solved_for_the_files_of_the_experts(monkeypatch):
+    table = table_of(blocks=8)
+    run = bench_scope.Run(
+        commit="c",
+        benches={
+            name: type("Bench", (), {"adapter": name, "blocks": ()}) for name in ("experts", "all")
+        },
+        tables={name: type("Tables", (), {"get": lambda *_: table}) for name in ("experts", "all")},
+        reference=[],
+    )
+    monkeypatch.setattr(bench_scope, "kept_bytes", lambda adapter: 5000)
+    asked = []
+    monkeypatch.setattr(bench_scope, "block_budget", lambda *args: asked.append(args) or 10**6)
+    limit_bytes = int(3.0 * 8 * 64 * 128) // 8
+    for name in bench_scope.PLANS:
+        assert bench_scope.solve(run, 3.0, name)[1] == 5000 + limit_bytes
+    assert asked == [("all", 5000 + limit_bytes)] * 2
+
+
+def test_the_page_compares_rows_of_one_size():
+    def row(bits, plan, kl):
+        more = {"expert_bits": bits, "attention_bits": 16.0, "file_bytes": 1_000_000}
+        judged = {"kl": kl, "top1_agreement": 0.5, "heldout_tokens": 7, "commit": "c"}
+        return {"expert_bits_asked": bits, "plan": plan, **more, **judged}
+
+    rows = [row(2.5, "experts", 0.4), row(2.5, "all", 0.1), row(3.0, "all", 0.2)]
+    facts = {"model": "m", "date": "d", "seed": 0, "rows": rows}
+    lines = scope.scope_section("f.json", facts)
+    assert [line.split(" | ")[-1] for line in lines[-4:-1]] == ["1.00 |", "0.25 |", "- |"]
+    assert "| 2.5 bits | `--scope all` | 1,000,000 | 2.50 | 16.00 | 0.10000 |" in lines[-3]
+    assert set(scope.NAMES) == set(bench_scope.PLANS)

@@ -16,7 +16,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-from exploring import SCHEMES, random_table, save_work
+from exploring import SCHEMES, random_table, save_profile, save_work
 from typer.testing import CliRunner
 
 from mxq.cli import app
@@ -448,7 +448,7 @@ def test_a_taken_port_is_named(server):
 
 
 def test_the_command_serves_until_it_is_interrupted_and_writes_nothing(tmp_path):
-    save_work(tmp_path, TABLE)
+    save_profile(save_work(tmp_path, TABLE))
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     command = [sys.executable, "-m", "mxq", "explore", str(tmp_path), "--no-browser"]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
