@@ -48,7 +48,7 @@ def _section(
         if costs[name] is not None or any(row["method"] == effort.method for row in rows)
     ]
     sizes = list(dict.fromkeys(row["size"] for row in rows))
-    runs = [made_at(row) for row in costs.values() if row is not None]
+    runs = dict.fromkeys(made_at(row) for row in costs.values() if row is not None)
     heads = [f"KL, {budget(size)}" for size in sizes]
     return [
         f"## What an effort gains and costs: {accuracy[1]['model']}",
