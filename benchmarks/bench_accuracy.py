@@ -21,12 +21,11 @@ from typing import Any
 
 import torch
 from accuracy.bench import Bench, count_schemes, open_bench, read_evaluation, stored_bits
-from accuracy.judge import dense_model, judge_plan, log_probabilities
+from accuracy.judge import Answer, answers, dense_model, judge_plan
 from accuracy.peers import PEERS, PeerError, Setting, judge_peer
 from accuracy.plans import MXMOE_SCHEMES, OWN, Tables, make_plan
 from accuracy.runs import make_parser, open_results, save_results
 from bench_memory import commit
-from torch import Tensor
 from transformers.utils import logging
 
 from mxq.config import CalibrationOptions
@@ -39,7 +38,7 @@ METHODS = (*OWN, *PEERS)
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A seed's bench, its tables, the settings of peers, and the original's log probabilities.
+    """A seed's bench, its tables, the settings of peers, and what the original answers.
 
     ``commit`` is that of the code as it was when the run started.
     """
@@ -48,7 +47,7 @@ class Run:
     bench: Bench
     tables: Tables
     setting: Setting
-    reference: list[Tensor]
+    reference: list[Answer]
 
 
 def main() -> None:
@@ -110,7 +109,7 @@ def _open_run(args: argparse.Namespace, seed: int) -> Run:
     options = CalibrationOptions(args.calibration, args.samples, args.seqlen, seed)
     bench = open_bench(args.model, options, evaluations)
     setting = Setting(args.peers, args.threads, {"autoround": {"iters": args.autoround_iters}})
-    reference = log_probabilities(dense_model(bench), bench.evaluations)
+    reference = answers(dense_model(bench), bench.evaluations)
     return Run(commit(), bench, Tables(bench), setting, reference)
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from accuracy.bench import Bench, count_schemes, open_bench, read_evaluation, stored_bits
-from accuracy.judge import dense_model, judge_inputs, log_probabilities
+from accuracy.judge import answers, dense_model, judge_inputs
 from accuracy.plans import uniform_plan
 from accuracy.runs import make_parser, open_results, save_results
 from bench_memory import commit
@@ -132,7 +132,7 @@ def main() -> None:
     options = CalibrationOptions(args.calibration, args.samples, args.seqlen, args.seed)
     bench = open_bench(args.model, options, evaluations)
     tables = Tables(bench)
-    reference = log_probabilities(dense_model(bench), bench.evaluations)
+    reference = answers(dense_model(bench), bench.evaluations)
     code = commit()
     known = {row["row"] for row in results["rows"]}
     for name in (name for name in args.rows if name not in known):

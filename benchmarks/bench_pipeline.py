@@ -9,7 +9,9 @@ AutoScheme with export and llm-compressor's GPTQ on the small one, in environmen
 (benchmarks/peers/make_environments.sh FOLDER). All get the same token ids and number of threads,
 quantize every linear of the decoder layers, and load the model within the time; imports are timed
 apart. The file is written after each case, and the same command goes on where it stopped. Nothing
-else should run on the machine meanwhile; each row has the load that it started under.
+else should run on the machine meanwhile; each row has the load that it started under. Where
+something does, ``--loaded`` runs with one thread and keeps the rows apart: no total and no goal is
+taken from them, but the processor's seconds of mxq's steps.
 """
 
 import argparse
@@ -49,19 +51,23 @@ def main() -> int:
     amounts = _amounts(arguments)
     shape = QUICK_SHAPE if arguments.quick else RandomShape(arguments.random_gb)
     results = _open_results(arguments, amounts, shape)
+    kind = "loaded" if arguments.loaded else "rows"
+    # Threads that wait for one that another program has put off take a processor's time.
+    used = replace(amounts, threads=1) if arguments.loaded else amounts
     room = Path(tempfile.mkdtemp(prefix="mxq-speed-", dir=arguments.folder))
     try:
         for run in range(arguments.runs):
             for case in chosen_cases(arguments.only, random_peer=arguments.random_peer):
-                if not _is_done(results, case, run):
-                    row = _run(case, arguments, amounts, shape, room)
-                    _add(results, {"run": run, "commit": commit(), **row}, arguments.json)
+                if not _is_done(results, case, run, kind):
+                    row = {"run": run, "commit": commit(), "threads": used.threads}
+                    row |= _run(case, arguments, used, shape, room)
+                    _add(results, row, arguments.json, kind)
     finally:
         shutil.rmtree(room, ignore_errors=True)
     for goal in goals_of(results["rows"]):
         found = "" if goal.found is None else f"{goal.found:.2f} times, at least {goal.least:g}: "
         print(f"{goal.text}: {found}{goal.verdict}")
-    return int(any("error" in row for row in results["rows"]))
+    return int(any("error" in row for row in results.get(kind, ())))
 
 
 def _run(
@@ -88,12 +94,12 @@ def _run(
     return {**row, "model": about_model(model)}
 
 
-def _add(results: dict[str, Any], row: dict[str, Any], path: Path) -> None:
+def _add(results: dict[str, Any], row: dict[str, Any], path: Path, kind: str = "rows") -> None:
     """Keep a row in the place of one that failed or was skipped, write the file, and tell it."""
-    same = [r for r in results["rows"] if (r["case"], r["run"]) == (row["case"], row["run"])]
-    for old in same:
-        results["rows"].remove(old)
-    results["rows"].append(row)
+    rows = results.setdefault(kind, [])
+    for old in [r for r in rows if (r["case"], r["run"]) == (row["case"], row["run"])]:
+        rows.remove(old)
+    rows.append(row)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
     if "total_s" not in row:
@@ -109,10 +115,9 @@ def _add(results: dict[str, Any], row: dict[str, Any], path: Path) -> None:
         print(f"  by {by}: " + ", ".join(f"{name} {share:.1%}" for name, share in found[:9]))
 
 
-def _is_done(results: Mapping[str, Any], case: str, run: int) -> bool:
-    return any(
-        (row["case"], row["run"]) == (case, run) and "total_s" in row for row in results["rows"]
-    )
+def _is_done(results: Mapping[str, Any], case: str, run: int, kind: str = "rows") -> bool:
+    rows = results.get(kind, ())
+    return any((row["case"], row["run"]) == (case, run) and "total_s" in row for row in rows)
 
 
 def _open_results(
@@ -200,6 +205,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--peers", type=Path, help="folder with autoround/ and llmcompressor/")
     parser.add_argument("--json", type=Path, required=True, help="results file, gone on with")
     parser.add_argument("--only", default="", help="cases whose name contains the text")
+    parser.add_argument(
+        "--loaded",
+        action="store_true",
+        help="other programs run beside it: one thread, rows apart, for the steps of mxq alone",
+    )
     parser.add_argument("--runs", type=int, default=1, help="of every case; the page has medians")
     parser.add_argument("--samples", type=int, default=amounts.small_samples)
     parser.add_argument("--random-samples", type=int, default=amounts.random_samples)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from accuracy.bench import open_bench, read_evaluation
-from accuracy.judge import dense_model, judge_plan, log_probabilities
+from accuracy.judge import answers, dense_model, judge_plan
 from accuracy.plans import OWN, Tables
 from accuracy.runs import make_parser, open_results, save_results
 from bench_memory import commit
@@ -49,7 +49,7 @@ def main() -> None:
     bench = open_bench(args.model, options, evaluations)
     recipe = OWN["mxq"]
     table = Tables(bench).get("fisher", recipe.method)
-    reference = log_probabilities(dense_model(bench), bench.evaluations)
+    reference = answers(dense_model(bench), bench.evaluations)
     for number in range(len(results["rows"]), args.plans):
         started = time.perf_counter()
         noise = MOST_NOISE * number / max(1, args.plans - 1)

@@ -20,11 +20,10 @@ from typing import Any
 
 import torch
 from accuracy.bench import Bench, count_schemes, open_bench, read_evaluation
-from accuracy.judge import dense_model, judge_plan, log_probabilities
+from accuracy.judge import Answer, answers, dense_model, judge_plan
 from accuracy.plans import OWN, Tables
 from accuracy.runs import make_parser, open_results, save_results
 from bench_memory import commit
-from torch import Tensor
 from transformers.utils import logging
 
 from mxq.artifacts import Allocation, SensitivityTable
@@ -43,12 +42,12 @@ RECIPE = OWN["mxq"]
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Both scopes on the same tokens, and the original's log probabilities."""
+    """Both scopes on the same tokens, and what the original answers."""
 
     commit: str
     benches: Mapping[str, Bench]
     tables: Mapping[str, Tables]
-    reference: list[Tensor]
+    reference: list[Answer]
 
     @property
     def attention(self) -> tuple[LinearBlock, ...]:
@@ -153,7 +152,7 @@ def _open_run(args: argparse.Namespace) -> Run:
         scope: open_bench(args.model, options, evaluations, scope=scope)
         for scope in ("experts", "all")
     }
-    reference = log_probabilities(dense_model(benches["all"]), evaluations)
+    reference = answers(dense_model(benches["all"]), evaluations)
     tables = {scope: Tables(bench) for scope, bench in benches.items()}
     return Run(commit(), benches, tables, reference)
 

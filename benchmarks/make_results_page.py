@@ -13,6 +13,7 @@ from accuracy.page import accuracy_section, readme_table
 from accuracy.ranking import ranking_section
 from accuracy.scope import scope_section
 from compiled_page import compiled_sections
+from efforts import effort_sections
 from group_gemm.page import timing_sections
 from speed.page import speed_sections
 
@@ -33,27 +34,22 @@ def main() -> None:
         "Made by `benchmarks/make_results_page.py` from the raw files under `benchmarks/results/`.",
         "",
     ]
-    for path in sorted(RESULTS.glob("accuracy-*.json")):
-        parts += accuracy_section(path.name, json.loads(path.read_text()))
-    for path in sorted(RESULTS.glob("activations-*.json")):
-        parts += activation_section(path.name, json.loads(path.read_text()))
+    accuracies = _read("accuracy-*.json")
+    pipelines = _read("pipeline-*.json")
+    for name, found in accuracies.items():
+        parts += accuracy_section(name, found)
+    for name, found in _read("activations-*.json").items():
+        parts += activation_section(name, found)
+    parts += effort_sections(accuracies, pipelines)
     for path in sorted(RESULTS.glob("ranking-*.json")):
         parts += ranking_section(path.name, json.loads(path.read_text()))
     for path in sorted(RESULTS.glob("scope-*.json")):
         parts += scope_section(path.name, json.loads(path.read_text()))
     for path in sorted(RESULTS.glob("solver-*.json")):
         parts += solver_section(path.name, json.loads(path.read_text()))
-    parts += speed_sections(
-        {
-            path.name: json.loads(path.read_text())
-            for path in sorted(RESULTS.glob("pipeline-*.json"))
-        }
-    )
-    parts += memory_section(
-        {path.name: json.loads(path.read_text()) for path in sorted(RESULTS.glob("memory-*.json"))}
-    )
-    timings = {path.name: json.loads(path.read_text()) for path in _group_gemm_files()}
-    parts += timing_sections(timings)
+    parts += speed_sections(pipelines)
+    parts += memory_section(_read("memory-*.json"))
+    parts += timing_sections(_read("group-gemm-*.json"))
     for path in sorted(RESULTS.glob("kernels-compiled.json")):
         parts += compiled_sections(path.name, json.loads(path.read_text()))
     for path in sorted(RESULTS.glob("repack-*.json")):
@@ -63,8 +59,9 @@ def main() -> None:
     write_readme_table()
 
 
-def _group_gemm_files() -> list[Path]:
-    return sorted(RESULTS.glob("group-gemm-*.json"))
+def _read(pattern: str) -> dict[str, Any]:
+    """Results by the name of their file."""
+    return {path.name: json.loads(path.read_text()) for path in sorted(RESULTS.glob(pattern))}
 
 
 def write_readme_table() -> None:

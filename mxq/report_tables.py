@@ -19,6 +19,7 @@ from mxq.report.words import (
     byte_count,
     coverage,
     headlines,
+    kept_choices,
     provenance,
     scheme_uses,
     warnings,
@@ -174,7 +175,8 @@ def _legend_grid(unit: str) -> Table:
 
 
 def _show_lines(console: Console, facts: Facts) -> None:
-    for line in coverage(facts):
+    routed = kept_choices(facts.written_pack.expert_choices)
+    for line in (*routed, *coverage(facts)):
         console.print(escape(line))
     for line in (*warnings(facts), *facts.notes):
         console.print(f"[yellow]{escape(line)}")

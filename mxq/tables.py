@@ -22,6 +22,7 @@ from mxq.report.words import (
     engine_line,
     few_tokens,
     is_uniform,
+    kept_choices,
     measured_on,
     pin_lines,
     plan_name,
@@ -43,7 +44,8 @@ def show_result(result: QuantizeResult) -> None:
         console.print(f"Latency of the blocks in one step: {_latency(chosen)}")
     _show_engine(result.plans["plan"], console)
     tokens = _first(result.losses).tokens
-    for line in (*_yellow(few_tokens(tokens)), *coverage_lines(result)):
+    routed = kept_choices(result.packs[result.written].expert_choices)
+    for line in (*_yellow(few_tokens(tokens)), *routed, *coverage_lines(result)):
         console.print(line)
     if result.written == "uniform":
         console.print(

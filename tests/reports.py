@@ -11,6 +11,7 @@ from mxq.artifacts import (
     Provenance,
     SensitivityTable,
 )
+from mxq.checkpoint.expert_choices import ExpertChoices
 from mxq.checkpoint.pack import PackReport, plan_digest
 from mxq.config import AllocateOptions, CalibrationOptions, MeasureOptions, ModelOptions
 from mxq.heldout import MeasuredLoss
@@ -41,7 +42,7 @@ def make_facts(*, layers=3, experts=4, bits=3.2, name="an/original", device=None
     return Facts(
         folder=Path("/nowhere/out"),
         plan=plan,
-        record=_record(plans, losses),
+        record=_record(plans, losses, layers if experts else 0),
         results={found: _plan_result(found, plans[found], *loss) for found, loss in losses.items()},
         cells=make_cells(plan, table),
         model_type="fancy_moe",
@@ -107,9 +108,10 @@ def _profile(draw, layers, experts):
     return ActivationStats(("code", "prose"), 900, sites, 64, (), cold, 0, "text", MADE_FROM)
 
 
-def _record(plans, losses):
+def _record(plans, losses, layers):
+    choices = tuple(ExpertChoices(layer, 5000, 10_000, 9000 - layer) for layer in range(layers))
     packs = {
-        name: PackReport(plan.storage_bits // 8 + 1000, {"gptq": len(plan.schemes)}, ())
+        name: PackReport(plan.storage_bits // 8 + 1000, {"gptq": len(plan.schemes)}, (), choices)
         for name, plan in plans.items()
     }
     measured = {name: MeasuredLoss(5000, 1.9, nll, kl, 0.9) for name, (kl, nll) in losses.items()}

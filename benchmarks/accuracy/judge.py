@@ -5,27 +5,44 @@ that leave them alone, ``judge_inputs`` runs the checkpoint's own modules.
 """
 
 import shutil
+import statistics
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from accuracy.bench import Bench, Evaluation
 from mxq.artifacts import Allocation
 from mxq.blocks import write_block
+from mxq.checkpoint.expert_choices import count_kept
 from mxq.checkpoint.modules import MxqLinear
 from mxq.checkpoint.pack import pack
+from mxq.models.experts import expert_count, is_fused_experts
 from mxq.numerics import unrotate
 from mxq.quantizers import Method
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model makes of one window.
+
+    ``logp_TV`` are log probabilities of the whole vocabulary at every position, ``choices`` the
+    experts [T, R] that each position goes to, by the path of the experts.
+    """
+
+    logp_TV: Tensor
+    choices: Mapping[str, Tensor]
+
+
 def judge_plan(
-    bench: Bench, plan: Allocation, method: Method, target: str, reference: Sequence[Tensor]
+    bench: Bench, plan: Allocation, method: Method, target: str, reference: Sequence[Answer]
 ) -> dict[str, Any]:
     """Pack a plan of mxq, load the checkpoint, decode it and compare.
 
@@ -37,7 +54,7 @@ def judge_plan(
 
 
 def judge_inputs(
-    bench: Bench, plan: Allocation, method: Method, target: str, reference: Sequence[Tensor]
+    bench: Bench, plan: Allocation, method: Method, target: str, reference: Sequence[Answer]
 ) -> dict[str, Any]:
     """Pack a plan of mxq, load the checkpoint and compare it as it runs, its inputs rounded.
 
@@ -52,7 +69,7 @@ def judge_inputs(
 
 
 def judge_weights(
-    bench: Bench, weights: Mapping[str, Tensor], reference: Sequence[Tensor]
+    bench: Bench, weights: Mapping[str, Tensor], reference: Sequence[Answer]
 ) -> dict[str, Any]:
     """Compare the original with ``block name -> w_NK`` in it with the original, on every domain."""
     model = dense_model(bench)
@@ -62,22 +79,21 @@ def judge_weights(
 
 
 def judge_model(
-    bench: Bench, model: PreTrainedModel, reference: Sequence[Tensor]
+    bench: Bench, model: PreTrainedModel, reference: Sequence[Answer]
 ) -> dict[str, Any]:
-    """Compare a model with the original on every domain."""
+    """Compare a model with the original on every domain.
+
+    ``choices_kept`` is the share of the original's choices of experts that are the same, the mean
+    over layers; only dense weights behind the experts interface of transformers tell them.
+    """
     domains = dict(_compare(model, bench.evaluations, reference))
     tokens = sum(int(d["tokens"]) for d in domains.values())
 
     def mean(key: str) -> float:
         return sum(d[key] * d["tokens"] for d in domains.values()) / tokens
 
-    return {
-        "kl": mean("kl"),
-        "excess_nats": mean("excess_nats"),
-        "top1_agreement": mean("top1_agreement"),
-        "heldout_tokens": tokens,
-        "domains": domains,
-    }
+    measured = [key for key in next(iter(domains.values())) if key != "tokens"]
+    return {**{key: mean(key) for key in measured}, "heldout_tokens": tokens, "domains": domains}
 
 
 def dense_model(bench: Bench) -> PreTrainedModel:
@@ -88,14 +104,30 @@ def dense_model(bench: Bench) -> PreTrainedModel:
     return model.eval()
 
 
-def log_probabilities(model: PreTrainedModel, evaluations: Sequence[Evaluation]) -> list[Tensor]:
-    """Of every token of the vocabulary at every position, one tensor for each window."""
-    with torch.no_grad():
-        return [
-            model(input_ids=window[None], use_cache=False).logits[0].float().log_softmax(-1)
-            for evaluation in evaluations
-            for window in evaluation.windows
-        ]
+def answers(model: PreTrainedModel, evaluations: Sequence[Evaluation]) -> list[Answer]:
+    """One for each window of all evaluations, in their order."""
+    return [ask(model, window) for evaluation in evaluations for window in evaluation.windows]
+
+
+def ask(model: PreTrainedModel, window: Tensor) -> Answer:
+    """What a model of transformers makes of the token ids of a window."""
+    choices: dict[str, Tensor] = {}
+
+    def keep(path: str, module: nn.Module) -> None:
+        def hook(_: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+            choices[path] = inputs[1]  # (hidden, index, weights), what the router gave
+
+        undo.callback(module.register_forward_pre_hook(hook).remove)
+
+    with ExitStack() as undo, torch.no_grad():
+        for path, module in _experts(model):
+            keep(path, module)
+        logits = model(input_ids=window[None], use_cache=False).logits[0]
+    return Answer(logits.float().log_softmax(-1), choices)
+
+
+def _experts(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    return [(path, module) for path, module in model.named_modules() if is_fused_experts(module)]
 
 
 def decode_once(packed: PreTrainedModel) -> None:
@@ -137,29 +169,31 @@ def _decoded(bench: Bench, packed: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _compare(
-    model: PreTrainedModel, evaluations: Sequence[Evaluation], reference: Sequence[Tensor]
+    model: PreTrainedModel, evaluations: Sequence[Evaluation], reference: Sequence[Answer]
 ) -> Iterator[tuple[str, dict[str, float]]]:
-    """``domain -> tokens, kl, excess_nats, top1_agreement``."""
+    """``domain -> tokens, kl, excess_nats, top1_agreement``, with experts ``choices_kept`` too."""
     originals = iter(reference)
     for evaluation in evaluations:
-        sums = torch.zeros(3, dtype=torch.float64)
+        sums: Counter[str] = Counter()
         for window in evaluation.windows:
-            p = next(originals)[:-1]
-            with torch.no_grad():
-                logits = model(input_ids=window[None], use_cache=False).logits[0, :-1]
-            q, labels = logits.float().log_softmax(-1), window[1:, None]
+            original, found = next(originals), ask(model, window)
+            p, q, labels = original.logp_TV[:-1], found.logp_TV[:-1], window[1:, None]
             kl = (p.exp() * (p - q)).sum(-1)
             excess = (p - q).gather(1, labels).squeeze(1)
             same = p.argmax(-1) == q.argmax(-1)
-            sums += torch.stack([part.double().sum() for part in (kl, excess, same)])
+            for key, part in (("kl", kl), ("excess_nats", excess), ("top1_agreement", same)):
+                sums[key] += float(part.double().sum())
+            if found.choices:
+                sums["choices_kept"] += len(p) * _kept_share(model, found, original)
         tokens = evaluation.windows[:, 1:].numel()
-        kl_mean, excess_mean, agreement = (sums / tokens).tolist()
-        yield (
-            evaluation.domain,
-            {
-                "tokens": tokens,
-                "kl": kl_mean,
-                "excess_nats": excess_mean,
-                "top1_agreement": agreement,
-            },
-        )
+        yield evaluation.domain, {"tokens": tokens, **{k: v / tokens for k, v in sums.items()}}
+
+
+def _kept_share(model: PreTrainedModel, found: Answer, original: Answer) -> float:
+    """The mean over layers for one window, without the last position, which predicts nothing."""
+    shares = []
+    for path, origin_TR in original.choices.items():
+        experts = expert_count(model.get_submodule(path))
+        kept, choices = count_kept(found.choices[path][:-1], origin_TR[:-1], experts)
+        shares.append(kept / choices)
+    return statistics.mean(shares)

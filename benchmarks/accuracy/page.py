@@ -21,6 +21,11 @@ NAMES: Mapping[str, str] = {
 }
 
 
+CHOICES = (
+    " Choices kept: the share of the original's choices of experts (a held-out token with one of "
+    "its experts) that are the same, the mean over layers, of the seeds that were judged by it."
+)
+
 DEFAULT_ITERS = 200
 """Steps of AutoRound's tuning when nothing is said; rows with fewer say so."""
 
@@ -28,6 +33,8 @@ DEFAULT_ITERS = 200
 def accuracy_section(name: str, results: Mapping[str, Any]) -> list[str]:
     """Tables of one accuracy file: by size and method, goals, domains, predicted and measured."""
     rows: list[Row] = results["rows"]
+    has_choices = any("choices_kept" in row for row in rows)
+    more = " choices kept |" if has_choices else ""
     lines = [
         f"## Accuracy at equal bytes: {results['model']}",
         "",
@@ -39,14 +46,15 @@ def accuracy_section(name: str, results: Mapping[str, Any]) -> list[str]:
         "deviation between them. KL to the original and excess loss in nats per token; bits count "
         "every stored bit of the quantized linears (experts and shared experts, the same for all "
         "tools): codes, scales of 16 bits, zero points of the width of the codes. Shares compare "
-        "the seeds that both rows have.",
+        f"the seeds that both rows have.{CHOICES if has_choices else ''}",
         "",
-        f"| budget | method | seeds | bits | KL | excess nats | top-1 same | KL / {BASELINE} |",
-        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| budget | method | seeds | bits | KL | excess nats | top-1 same |"
+        f"{more} KL / {BASELINE} |",
+        f"| ---: | --- |{' ---: |' * (7 if has_choices else 6)}",
     ]
     for size in _sizes(rows):
         methods = _unique(row["method"] for row in at(rows, size))
-        lines += [_line(rows, size, method) for method in methods]
+        lines += [_line(rows, size, method, has_choices=has_choices) for method in methods]
     return [
         *lines,
         "",
@@ -150,7 +158,7 @@ def _mean_kl(rows: Sequence[Row]) -> str:
     return f"{statistics.mean(row['kl'] for row in rows):.4f}" if rows else "-"
 
 
-def _line(rows: Sequence[Row], size: str, method: str) -> str:
+def _line(rows: Sequence[Row], size: str, method: str, *, has_choices: bool) -> str:
     found = at(rows, size, method)
     kls = [row["kl"] for row in found]
     spread = f" +- {statistics.stdev(kls):.5f}" if len(kls) > 1 else ""
@@ -167,9 +175,16 @@ def _line(rows: Sequence[Row], size: str, method: str) -> str:
         f"{mean('kl'):.5f}{spread}",
         f"{mean('excess_nats'):.5f}",
         f"{mean('top1_agreement'):.2%}",
+        *([_choices_kept(found)] if has_choices else []),
         "-" if of_baseline is None else f"{of_baseline:.2f}",
     )
     return f"| {' | '.join(cells)} |"
+
+
+def _choices_kept(rows: Sequence[Row]) -> str:
+    """The mean of the rows that have it: older ones were judged without."""
+    known = [row["choices_kept"] for row in rows if "choices_kept" in row]
+    return f"{statistics.mean(known):.2%}" if known else "-"
 
 
 def _peers(rows: Sequence[Row]) -> list[str]:

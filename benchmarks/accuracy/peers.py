@@ -13,7 +13,7 @@ from speed.processes import python_of, run_job
 from torch import Tensor
 
 from accuracy.bench import Bench, budget_bits, count_schemes, stored_bits
-from accuracy.judge import judge_weights
+from accuracy.judge import Answer, judge_weights
 from mxq.artifacts import Allocation
 from mxq.blocks import LinearBlock
 from mxq.scheme import Scheme
@@ -66,7 +66,7 @@ def judge_peer(
     size: str,
     plan: Allocation | None,
     setting: Setting,
-    reference: Sequence[Tensor],
+    reference: Sequence[Answer],
 ) -> dict[str, Any]:
     """Run a peer, check what it stored, and judge its weights; ``plan`` is that of mxq.
 

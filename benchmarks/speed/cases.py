@@ -123,10 +123,12 @@ def chosen_cases(only: str, *, random_peer: bool) -> list[str]:
     return [case for case in cases if only in case]
 
 
-def shares(clock: Sequence[Mapping[str, Any]], by: str) -> dict[str, float]:
-    """Share of the wall time by ``stage`` or ``part``; they sum up to 1."""
-    total = sum(row["wall_s"] for row in clock)
+def shares(
+    clock: Sequence[Mapping[str, Any]], by: str, seconds: str = "wall_s"
+) -> dict[str, float]:
+    """Share of the time by ``stage`` or ``part``; they sum up to 1."""
+    total = sum(row[seconds] for row in clock)
     found: dict[str, float] = {}
     for row in clock:
-        found[row[by]] = found.get(row[by], 0.0) + row["wall_s"] / total
+        found[row[by]] = found.get(row[by], 0.0) + row[seconds] / total
     return found

@@ -41,6 +41,11 @@ PARTS: Mapping[str, str] = {
     "mxq.models.probes:ExpertInputs.probe": "inputs of blocks",
     "mxq.models.probes:ExpertInputs.probes": "inputs of blocks",
     "mxq.models.probes:linear_probe": "inputs of blocks",
+    "mxq.models.probes:ExpertInputs.inner_of": "inputs of blocks",
+    "mxq.models.probes:SiteInputs.rows": "inputs of blocks",
+    "mxq.checkpoint.pack:_pass_original": "pass of the original",
+    "mxq.quantizers.target:regress_shift": "target: regression",
+    "mxq.quantizers.target:trusted_share": "target: regression",
     "mxq.quantizers.moments:second_moments": "Hessians",
     "mxq.quantizers.choose:make_inputs": "Hessians",
     "mxq.quantizers.choose:make_batch": "Hessians",
@@ -48,6 +53,7 @@ PARTS: Mapping[str, str] = {
     "mxq.numerics:search_grid": "quantizer: clip search",
     "mxq.quantizers.gptq:_inverse_factor": "quantizer: Cholesky factors",
     "mxq.quantizers.gptq:gptq_on_grid": "quantizer: GPTQ columns",
+    "mxq.quantizers.refine:refine": "quantizer: refinement",
     "mxq.quantizers.rtn:rtn_on_grid": "quantizer: round to nearest",
     "mxq.quantizers.choose:_pick": "quantizer: choice of the better",
     "mxq.profiling.losses:_losses_of": "sensitivity",
@@ -55,6 +61,9 @@ PARTS: Mapping[str, str] = {
     "mxq.checkpoint.writer:CheckpointWriter.add": "write",
 }
 """Part by function; a function of the same part inside another changes nothing."""
+
+WHOLE = frozenset({"pass of the original"})
+"""Parts that keep the time of the parts inside them: a second forward is no part of the first."""
 
 
 @dataclass(slots=True)
@@ -75,7 +84,8 @@ class Clock:
     def enter(self, stage: str | None, part: str) -> None:
         """A stage or, with None, a part of the present one begins."""
         self._charge()
-        place = (self._stack[-1][0] if stage is None else stage, part)
+        present, outer = self._stack[-1]
+        place = (present, outer if outer in WHOLE else part) if stage is None else (stage, part)
         self._stack.append(place)
         self.calls[place] = self.calls.get(place, 0) + 1
 

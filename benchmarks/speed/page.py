@@ -12,13 +12,18 @@ Row = Mapping[str, Any]
 NAMES: Mapping[str, str] = {
     "small/mxq": "mxq `--effort fast`: all stages",
     "small/mxq-one-scheme": "mxq `--effort fast`: all stages, one scheme",
-    "small/mxq-balanced": "mxq, default effort: all stages",
+    "small/mxq-balanced": "mxq `--effort balanced` (the default): all stages",
     "small/autoround": "AutoScheme on all samples, rounding without tuning, export",
     "small/autoround-default-scoring": "the same, scored on its default of 16 x 128 tokens",
     "small/llmcompressor": "llm-compressor: GPTQ, one scheme",
     "random/mxq": "mxq `--effort fast`: all stages",
     "random/llmcompressor": "llm-compressor: GPTQ, one scheme",
 }
+
+CLOCKED = ("small/mxq", "small/mxq-balanced", "small/mxq-one-scheme", "random/mxq")
+"""Cases whose steps are shown."""
+
+PROCESSORS = "processor_s"
 
 LEAST_SHARE = 0.005
 """Parts below this share of a run are summed up in one line."""
@@ -64,7 +69,11 @@ def _section(name: str, results: Mapping[str, Any]) -> list[str]:
         "",
         *(_goal_line(goal) for goal in goals_of(rows)),
         "",
-        *_where(rows),
+        "Below are seconds of all processors together, as the steps of mxq took them; s per "
+        "million is of the parameters that were quantized. Where it was run again, beside other "
+        "programs with one thread, a case has the steps of that run.",
+        "",
+        *_where(results),
         *_left_out(rows),
     ]
 
@@ -100,41 +109,61 @@ def _goal_line(goal: Goal) -> str:
     return f"- {goal.text}: at least {goal.least:g} times{found} (**{goal.verdict}**)"
 
 
-def _where(rows: Sequence[Row]) -> list[str]:
+def _where(results: Mapping[str, Any]) -> list[str]:
     """Tables of stages, and of the parts of every stage, of mxq's first run on each model."""
     lines = []
-    for case in ("small/mxq", "small/mxq-one-scheme", "random/mxq"):
-        found = [row for row in rows if row["case"] == case and "clock" in row]
-        if found:
-            place = f"{NAMES[case]}, {_model(found[0])}"
-            lines += [f"Where the time goes, {place}:", "", *_parts(found[0]), ""]
+    for case in CLOCKED:
+        row = clocked(results, case)
+        if row is not None:
+            place = f"{NAMES[case]}, {_model(row)}, {made_at(row)}"
+            lines += [f"Where the processors' time goes, {place}:", "", *_parts(row), ""]
     return lines
 
 
+def clocked(results: Mapping[str, Any], case: str) -> Row | None:
+    """The run of a case whose steps are shown, None without one.
+
+    One that was made beside other programs comes before all: it is the newer one.
+    """
+    rows = (*results.get("loaded", ()), *results["rows"])
+    return next((row for row in rows if row["case"] == case and "clock" in row), None)
+
+
+def made_at(row: Row) -> str:
+    """The commit that ran, its threads where they are not the file's, and the load at the start."""
+    threads = ", one thread" if row.get("threads") == 1 else ""
+    return f"commit {row['commit']}{threads}, load {row['load_at_start']:.1f} at the start"
+
+
 def _parts(row: Row) -> list[str]:
-    clock = row["clock"]
-    million = row["model"]["parameters"] / 1e6
-    stages = list(shares(clock, "stage"))
-    ranked = sorted(shares(clock, "part").items(), key=lambda item: -item[1])
+    clock, million = row["clock"], row["quantized_weights"] / 1e6
+    stages = list(shares(clock, "stage", PROCESSORS))
+    ranked = sorted(shares(clock, "part", PROCESSORS).items(), key=lambda item: -item[1])
     large = [part for part, share in ranked if share >= LEAST_SHARE]
     seconds: dict[tuple[str, str], float] = {}
     for entry in clock:
         part = entry["part"] if entry["part"] in large else "all others"
         place = entry["stage"], part
-        seconds[place] = seconds.get(place, 0.0) + entry["wall_s"]
+        seconds[place] = seconds.get(place, 0.0) + entry[PROCESSORS]
     total = sum(seconds.values())
     rest = [part for part in large if part != "other"]
     lines = [
-        f"| share of the time | {' | '.join(stages)} | all |",
-        f"| --- |{' ---: |' * (len(stages) + 1)}",
+        f"| share of the time | {' | '.join(stages)} | all | s per million |",
+        f"| --- |{' ---: |' * (len(stages) + 2)}",
     ]
     for part in (*rest, *(["other"] if "other" in large else []), "all others"):
-        cells = [seconds.get((stage, part), 0.0) / total for stage in stages]
-        lines.append(_table_line(part, [f"{cell:.1%}" for cell in (*cells, sum(cells))]))
+        cells = [seconds.get((stage, part), 0.0) for stage in stages]
+        lines.append(_step(part, cells, total, million))
     sums = [sum(s for (at, _), s in seconds.items() if at == stage) for stage in stages]
-    lines.append(_table_line("all", [f"{cell / total:.1%}" for cell in (*sums, total)]))
+    lines.append(_step("all", sums, total, million))
     per_million = [f"{cell / million:.3f}" for cell in (*sums, total)]
-    return [*lines, _table_line("seconds per million parameters", per_million)]
+    return [*lines, _table_line("s per million", [*per_million, ""])]
+
+
+def _step(name: str, seconds: Sequence[float], total: float, million: float) -> str:
+    """A line of a step: its shares by stage and in all, and what it costs."""
+    shown = [f"{cell / total:.1%}" for cell in (*seconds, sum(seconds))]
+    return _table_line(name, [*shown, f"{sum(seconds) / million:.3f}"])
 
 
 def _table_line(name: str, cells: Sequence[str]) -> str:

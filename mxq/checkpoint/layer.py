@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from mxq.artifacts import Allocation
+from mxq.checkpoint.expert_choices import ExpertChoices, count_kept, sum_sites
 from mxq.checkpoint.tensors import from_tensors, tensor_shapes, to_tensors
 from mxq.distributed import Team
 from mxq.models.activations import ActivationStore
 from mxq.models.adapter import Capture, ModelAdapter
-from mxq.models.experts import is_fused_experts, projection_shapes
+from mxq.models.experts import expert_count, is_fused_experts, projection_shapes
 from mxq.models.lockstep import LayerCall
 from mxq.models.probes import (
     Captures,
@@ -78,11 +79,13 @@ class QuantizedLayer:
     """Tensors of all blocks of a layer by their names in a file.
 
     ``quantizers`` counts the blocks that each won; ``unrouted`` are experts that no token reached.
+    ``expert_choices`` is None where nothing tells what the original chooses.
     """
 
     tensors: Mapping[str, Tensor]
     quantizers: Mapping[str, int]
     unrouted: tuple[str, ...]
+    expert_choices: ExpertChoices | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +104,14 @@ class LayerWork:
 
 @dataclass(slots=True)
 class _Found:
-    """What one process has quantized of a group of sites."""
+    """What one process has quantized of a group of sites.
+
+    ``choices`` are ``(kept, choices)`` of the experts' sites, as ``count_kept`` gives them.
+    """
 
     quantizers: dict[str, str] = field(default_factory=dict)
     unrouted: list[str] = field(default_factory=list)
+    choices: dict[str, tuple[int, int]] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def take(self, job: PackJob, candidates: Iterator[Candidate]) -> None:
@@ -129,17 +136,20 @@ def quantize_layer(work: LayerWork) -> QuantizedLayer:
     tensors: dict[str, Tensor] = {}
     quantizers: dict[str, str] = {}
     unrouted: set[str] = set()
+    choices: dict[str, tuple[int, int]] = {}
     for group in groups:
         for part in _share_group(work, group):
             tensors |= part.tensors
             quantizers |= part.quantizers
             unrouted |= set(part.unrouted)
+            choices |= part.choices
     won = sorted(quantizers.values())
     experts = dict.fromkeys(_expert_of(block.name) for block in job.adapter.blocks(layer))
     return QuantizedLayer(
         tensors,
         {name: won.count(name) for name in dict.fromkeys(won)},
         tuple(expert for expert in experts if expert in unrouted),
+        sum_sites(layer, job.batches.all_tokens - job.fit_tokens, choices),
     )
 
 
@@ -169,14 +179,15 @@ def _share_group(work: LayerWork, group: Sequence[str]) -> list[_Found]:
                 known[place] = _known_of_linear(work, inputs)
             mine.take(job, _quantize_blocks(job, [inputs.site], known[place]))
         else:
+            mine.choices |= _choices_of(work, inputs)
             mine.take(job, _quantize_experts(work, inputs, parts, mine.unrouted))
-    note = json.dumps([mine.quantizers, mine.unrouted])
+    note = json.dumps([mine.quantizers, mine.unrouted, mine.choices])
     found = []
     for rank, (text, tensors) in enumerate(job.team.exchange_tensors(note, mine.tensors)):
-        quantizers, unrouted = json.loads(text)
+        quantizers, unrouted, choices = json.loads(text)
         if rank != job.team.rank:
             _install(job, list(quantizers), tensors)
-        found.append(_Found(quantizers, unrouted, tensors))
+        found.append(_Found(quantizers, unrouted, choices, tensors))
     return found
 
 
@@ -238,6 +249,18 @@ def _inputs_of_sites(
         captures.end_batch()
         job.store.release(call.hidden)
     return captures.join(job.fit_tokens)
+
+
+def _choices_of(work: LayerWork, inputs: SiteInputs) -> dict[str, tuple[int, int]]:
+    """What is kept of the original's choices on held-out tokens; empty where it is not beside."""
+    origin = work.origins.get(inputs.site)
+    if origin is None:
+        return {}
+    assert inputs.index_TR is not None
+    assert origin.index_TR is not None
+    experts = expert_count(work.job.adapter.module(inputs.site))
+    held = slice(work.job.fit_tokens, None)
+    return {inputs.site: count_kept(inputs.index_TR[held], origin.index_TR[held], experts)}
 
 
 def _known_of_linear(work: LayerWork, inputs: SiteInputs) -> BatchInputs:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mxq.artifacts import Allocation, Provenance
+from mxq.checkpoint.expert_choices import ExpertChoices
 from mxq.checkpoint.layer import (
     LayerWork,
     PackJob,
@@ -45,11 +46,16 @@ log = logging.getLogger("mxq")
 
 @dataclass(frozen=True, slots=True)
 class PackReport:
-    """What was written: bytes of all tensors, and how many blocks each quantizer won."""
+    """What was written: bytes of all tensors, and how many blocks each quantizer won.
+
+    ``expert_choices`` are by layer; empty where they are not known: with another target than the
+    original, without experts or held-out tokens, and in a record of an mxq that did not count them.
+    """
 
     tensor_bytes: int
     quantizers: Mapping[str, int]
     unrouted: tuple[str, ...]
+    expert_choices: tuple[ExpertChoices, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +66,7 @@ class PackedLayer:
     sha256: str
     quantizers: Mapping[str, int]
     unrouted: tuple[str, ...]
+    expert_choices: ExpertChoices | None
     provenance: Provenance
 
 
@@ -194,7 +201,14 @@ def _pack_layer(
         tensors = {**quantized.tensors, **_kept_tensors(job.adapter, prefix)}
         digest = writer.add(_name(layer), tensors)
         provenance = Provenance("", "") if sharing.records is None else sharing.records.provenance
-        finished = PackedLayer(layer, digest, quantized.quantizers, quantized.unrouted, provenance)
+        finished = PackedLayer(
+            layer,
+            digest,
+            quantized.quantizers,
+            quantized.unrouted,
+            quantized.expert_choices,
+            provenance,
+        )
         if sharing.records is not None:
             sharing.records.save(_name(layer), finished)
         return finished
@@ -213,7 +227,9 @@ def _finish(
     for layer in sorted(done):
         tally.update(done[layer].quantizers)
     unrouted = tuple(expert for layer in sorted(done) for expert in done[layer].unrouted)
-    return PackReport(total, dict(sorted(tally.items())), unrouted)
+    found = (done[layer].expert_choices for layer in sorted(done))
+    choices = tuple(one for one in found if one is not None)
+    return PackReport(total, dict(sorted(tally.items())), unrouted, choices)
 
 
 def _name(layer: int) -> str:

@@ -13,6 +13,7 @@ from mxq.report.origin import UNTOLD, Origin, command
 from mxq.report.words import (
     coverage,
     headlines,
+    kept_choices,
     measured_on,
     provenance,
     scheme_uses,
@@ -120,7 +121,9 @@ def _loading(facts: Facts) -> str:
 
 
 def _measured(facts: Facts) -> str:
-    return f"{measured_on(facts.written.heldout_tokens)}.\n\n{plans_table(facts)}"
+    title = f"{measured_on(facts.written.heldout_tokens)}."
+    routed = kept_choices(facts.written_pack.expert_choices)
+    return "\n\n".join([title, plans_table(facts), *routed])
 
 
 def _schemes(facts: Facts) -> str:

@@ -11,7 +11,7 @@ from math import exp
 from pathlib import Path
 
 from mxq.artifacts import Allocation, BlockInfo, MeasuredLayers, SensitivityTable
-from mxq.checkpoint.pack import plan_digest
+from mxq.checkpoint.pack import PackReport, plan_digest
 from mxq.json_values import decode
 from mxq.models.files import read_json
 from mxq.profiling.activation import ActivationStats
@@ -115,7 +115,12 @@ class Facts:
     @property
     def tensor_bytes(self) -> int:
         """Bytes of all tensors of the checkpoint."""
-        return self.record.packs[self.record.written].tensor_bytes
+        return self.written_pack.tensor_bytes
+
+    @property
+    def written_pack(self) -> PackReport:
+        """What packing told of the checkpoint."""
+        return self.record.packs[self.record.written]
 
     @property
     def layer_numbers(self) -> tuple[int, ...]:

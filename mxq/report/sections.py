@@ -12,6 +12,7 @@ from mxq.counted import counted
 from mxq.report.comparison import HEADS, comparison, legend
 from mxq.report.curve import Curve
 from mxq.report.facts import Facts
+from mxq.report.figure_choices import kept_choices as choices_by_layer
 from mxq.report.figure_losses import (
     loss_against_bytes,
     loss_by_layer,
@@ -23,12 +24,18 @@ from mxq.report.origin import UNTOLD, command
 from mxq.report.times import Times
 from mxq.report.words import (
     coverage,
+    kept_choices,
     measured_on,
     provenance,
     scheme_uses,
 )
 
 NO_WORK = "This needs the sensitivity table of the work folder, which is not there."
+
+KEPT = (
+    "That is each router by itself, with what the quantized layers before it give: which experts "
+    "it takes for a token, held against those that it takes in the original."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,24 +157,26 @@ def _layers(facts: Facts) -> Section:
 
 
 def _experts(facts: Facts) -> Section:
-    title = "Which text uses which expert"
+    title, words = "Which text uses which expert", []
+    use = None if facts.profile is None else use_of_experts(facts.profile)
     if facts.profile is None:
-        return Section("experts", "Experts", title, ("The profile of the run is not there.",))
-    figure = use_of_experts(facts.profile)
-    if figure is None:
-        return Section("experts", "Experts", title, ("This model has no routed experts.",))
-    words = (
-        "Tokens that the routers sent to each expert, of "
-        f"{counted(facts.profile.total_tokens, 'profiled token')} (the fitting and the spare "
-        "ones), by domain of the text."
-    )
-    return Section(
-        "experts",
-        "Experts",
-        title,
-        (words,),
-        (Plot("experts-plot", "Tokens over an equal split", figure),),
-    )
+        words.append("The profile of the run is not there.")
+    elif use is None:
+        words.append("This model has no routed experts.")
+    else:
+        words.append(
+            "Tokens that the routers sent to each expert, of "
+            f"{counted(facts.profile.total_tokens, 'profiled token')} (the fitting and the spare "
+            "ones), by domain of the text."
+        )
+    kept = kept_choices(facts.written_pack.expert_choices)
+    if kept:
+        words += [*kept, KEPT]
+    found = [
+        ("experts-plot", "Tokens over an equal split", use),
+        ("choices-plot", "Choices of experts kept", choices_by_layer(facts)),
+    ]
+    return Section("experts", "Experts", title, tuple(words), _plots(found))
 
 
 def _times(times: Times | str) -> Section:

@@ -3,11 +3,13 @@
 Plain text without markup, the same for the page, the card and the terminal.
 """
 
+import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mxq.artifacts import Allocation
+from mxq.checkpoint.expert_choices import ExpertChoices
 from mxq.counted import counted
 from mxq.heldout import FEW_TOKENS
 from mxq.profiling.activation import ActivationStats
@@ -96,7 +98,7 @@ def warnings(facts: Facts) -> tuple[str, ...]:
         )
     if facts.profile is not None:
         found += cold_experts(facts.profile)
-    found += unrouted_experts(facts.record.packs[facts.record.written].unrouted)
+    found += unrouted_experts(facts.written_pack.unrouted)
     return tuple(found)
 
 
@@ -169,9 +171,22 @@ def unrouted_experts(unrouted: Sequence[str]) -> list[str]:
     ]
 
 
+def kept_choices(choices: Sequence[ExpertChoices]) -> list[str]:
+    """How often routers choose as in the original, in one line; none where that is not known."""
+    if not choices:
+        return []
+    mean = statistics.mean(one.share for one in choices)
+    least = min(choices, key=lambda one: one.share)
+    return [
+        f"Routers keep {mean:.2%} of the original's choices of experts on "
+        f"{counted(least.tokens, 'held-out token')} (mean of {counted(len(choices), 'layer')}; "
+        f"least in layer {least.layer}: {least.share:.2%})."
+    ]
+
+
 def coverage(facts: Facts) -> tuple[str, ...]:
     """What was quantized, how, and what stayed in its type."""
-    pack = facts.record.packs[facts.record.written]
+    pack = facts.written_pack
     experts = {
         (cell.layer, cell.site, cell.expert) for cell in facts.cells if cell.expert is not None
     }

@@ -45,6 +45,7 @@ from mxq.report.words import (
     coverage,
     few_tokens,
     headlines,
+    kept_choices,
     plan_name,
     provenance,
     warnings,
@@ -388,6 +389,18 @@ def test_a_checkpoint_of_before_has_no_plan_over_the_budget(out):
     path = out / "mxq_run.json"
     save_artifact(path, replace(load_artifact(path, RunRecord), above=None))
     assert not [row for row in comparison(gather(out)) if row[0].endswith("+")]
+
+
+def test_kept_choices_are_told_where_the_run_has_counted_them(out):
+    record = load_artifact(out / "mxq_run.json", RunRecord)
+    [told] = kept_choices(record.packs[record.written].expert_choices)
+    assert "(mean of 2 layers; least in layer 1: " in told
+    assert told in (out / "README.md").read_text()
+    assert told in run("inspect", out)
+    unknown = {name: replace(pack, expert_choices=()) for name, pack in record.packs.items()}
+    save_artifact(out / "mxq_run.json", replace(record, packs=unknown))
+    assert "Routers keep" not in run("inspect", out)
+    assert "Routers keep" not in model_card(gather(out))
 
 
 def test_nobody_asked_for_the_bits_of_a_uniform_plan():

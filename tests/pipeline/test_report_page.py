@@ -93,7 +93,7 @@ def show(browser, tmp_path_factory):
 FULL = {"device": "h200", "measured": True}
 PLOTS = {
     "experts-bits", "linears-bits", "curve-plot", "layers-plot", "agreement-plot", "experts-plot",
-    "time-plot",
+    "time-plot", "choices-plot",
 }  # fmt: skip
 
 POINTS = """() => Object.fromEntries([...document.querySelectorAll('.plot')].map(
@@ -108,6 +108,7 @@ def test_every_plot_is_drawn_with_data(show, scheme):
     assert points.keys() == PLOTS
     assert all(count > 0 for counts in points.values() for count in counts), points
     assert points["experts-bits"] == [3 * 4] * 3
+    assert points["choices-plot"] == [3, 3]  # of the plan that was written and the uniform one
     heights = "[...document.querySelectorAll('.plot .main-svg')].map((svg) => svg.clientHeight)"
     assert min(shown.page.evaluate(heights)) > 80
     assert shown.page.locator("#failure").is_hidden()

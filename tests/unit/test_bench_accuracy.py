@@ -229,6 +229,25 @@ def test_the_page_has_peers_goals_spread_and_what_was_not_measured():
     assert "| that of w2a16_g128_asym: KL at most 0.5 of gptq-rotated | 0.50 | 0.50 |" in text
 
 
+def test_choices_kept_are_a_column_once_a_row_has_them():
+    size, facts = "w2a16_g128_asym", {"model": "m", "date": "d", "samples": 1, "seqlen": 2}
+    rows = [row_of("gptq", size, 0, 0.02), row_of("mxq", size, 0, 0.01)]
+    rows += [row_of("mxq", size, seed, 0.01, choices_kept=0.75 + seed / 8) for seed in (1, 2)]
+    results = {**facts, "versions": {}, "rows": rows}
+    text = "\n".join(page.accuracy_section("f.json", results))
+    assert "| top-1 same | choices kept | KL / gptq-rotated |\n| ---: | --- |" in text
+    assert "| uniform, GPTQ | 1 | 3.1000 | 0.02000 | 0.10000 | 90.00% | - | - |" in text
+    # The mean of 7/8 and 1, without the row that has none.
+    assert "0.01000 +- 0.00000 | 0.10000 | 90.00% | 93.75% | - |" in text
+    heads = next(line for line in text.splitlines() if line.startswith("| budget | method | seeds"))
+    assert all(
+        line.count("|") == heads.count("|")
+        for line in text.splitlines()
+        if size in line and line.count("|") > 7
+    )
+    assert "choices" not in "\n".join(page.accuracy_section("f", {**results, "rows": rows[:2]}))
+
+
 def test_the_readme_compares_the_seeds_that_all_rows_of_a_size_have():
     size = "w2a16_g128_asym"
     rows = [row_of("mxq", size, seed, kl, bits=2.1) for seed, kl in ((0, 0.25), (1, 0.75))]
