@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from accuracy.bench import Bench, count_schemes, open_bench, read_evaluation, stored_bits
-from accuracy.judge import Answer, answers, dense_model, judge_plan
+from accuracy.judge import Answer, Packing, answers, dense_model, judge_plan
 from accuracy.peers import PEERS, PeerError, Setting, judge_peer
 from accuracy.plans import MXMOE_SCHEMES, OWN, Tables, make_plan
 from accuracy.runs import make_parser, open_results, save_results
@@ -80,6 +80,7 @@ def _own(run: Run, method: str, size: str) -> dict[str, Any]:
     """A row of mxq."""
     recipe = OWN[method]
     plan, measure_s = make_plan(run.tables, recipe, size)
+    packing = Packing(recipe.method, recipe.target, run.tables.curvature(recipe))
     is_predicted = recipe.quantizer != "rtn" and not math.isnan(plan.predicted_loss)
     return {
         **stored_bits(run.bench.blocks, plan.schemes),
@@ -91,7 +92,7 @@ def _own(run: Run, method: str, size: str) -> dict[str, Any]:
         "predicted": plan.predicted_loss if is_predicted else None,
         "unit": plan.unit,
         "measure_s": measure_s,
-        **judge_plan(run.bench, plan, recipe.method, recipe.target, run.reference),
+        **judge_plan(run.bench, plan, packing, run.reference),
     }
 
 

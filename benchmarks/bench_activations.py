@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from accuracy.bench import Bench, count_schemes, open_bench, read_evaluation, stored_bits
-from accuracy.judge import answers, dense_model, judge_inputs
+from accuracy.judge import Packing, answers, dense_model, judge_inputs
 from accuracy.plans import uniform_plan
 from accuracy.runs import make_parser, open_results, save_results
 from bench_memory import commit
@@ -150,7 +150,7 @@ def main() -> None:
             "target": recipe.target,
             "predicted": None if math.isnan(plan.predicted_loss) else plan.predicted_loss,
             "unit": plan.unit,
-            **judge_inputs(bench, plan, recipe.method, recipe.target, reference),
+            **judge_inputs(bench, plan, Packing(recipe.method, recipe.target), reference),
             "seconds": round(time.perf_counter() - started, 1),
         }
         results["rows"].append(row)

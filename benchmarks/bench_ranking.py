@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from accuracy.bench import open_bench, read_evaluation
-from accuracy.judge import answers, dense_model, judge_plan
+from accuracy.judge import Packing, answers, dense_model, judge_plan
 from accuracy.plans import OWN, Tables
 from accuracy.runs import make_parser, open_results, save_results
 from bench_memory import commit
@@ -54,7 +54,7 @@ def main() -> None:
         started = time.perf_counter()
         noise = MOST_NOISE * number / max(1, args.plans - 1)
         plan = draw_plan(table, args.bits, noise, number)
-        judged = judge_plan(bench, plan, recipe.method, recipe.target, reference)
+        judged = judge_plan(bench, plan, Packing(recipe.method, recipe.target), reference)
         row = {
             "noise": noise,
             "bits": plan.bits_per_weight,

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from accuracy.bench import Bench, count_schemes, open_bench, read_evaluation
-from accuracy.judge import Answer, answers, dense_model, judge_plan
+from accuracy.judge import Answer, Packing, answers, dense_model, judge_plan
 from accuracy.plans import OWN, Tables
 from accuracy.runs import make_parser, open_results, save_results
 from bench_memory import commit
@@ -124,7 +124,7 @@ def _row(run: Run, expert_bits: float, name: str) -> dict[str, Any]:
     started = time.perf_counter()
     plan, size_bytes = solve(run, expert_bits, name)
     bench = run.benches["experts" if name == "experts" else "all"]
-    judged = judge_plan(bench, plan, RECIPE.method, RECIPE.target, run.reference)
+    judged = judge_plan(bench, plan, Packing(RECIPE.method, RECIPE.target), run.reference)
     attention = Counter(
         plan.schemes[block.name] for block in run.attention if block.name in plan.schemes
     )

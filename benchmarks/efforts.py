@@ -20,6 +20,7 @@ class Effort:
 EFFORTS: Mapping[str, Effort] = {
     "fast": Effort("mxq-fast", "small/mxq"),
     "balanced": Effort("mxq", "small/mxq-balanced"),
+    "best": Effort("mxq-best", "small/mxq-best"),
 }
 """From little time to much; one that no file has yet is left out."""
 

@@ -98,8 +98,8 @@ def quantize(  # noqa: PLR0913  (each option stands alone and has a default)
         scope: "experts" (the feed-forward side), "all" linears, or "auto".
         keep: Regular expressions of parameters to leave as they are.
         sensitivity: A name in ``SENSITIVITY`` or a ``Sensitivity`` of your own.
-        effort: "balanced", or "fast" for less time and less accuracy; what it sets is in
-            ``mxq.config.EFFORTS``.
+        effort: "balanced", "fast" for less time and less accuracy, or "best" for the reverse;
+            what it sets is in ``mxq.config.EFFORTS``.
         quantizer: A name in ``QUANTIZERS``, or a callable ``(w_NK, scheme, hessian_KK | None) ->
             QuantizedWeight``; None is the effort's.
         target: What blocks are fitted to: "original", their outputs in the original model, or

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+PIECE_ROWS = 2048
+"""Most outputs of a block whose errors make up for each other."""
+
 
 @dataclass(frozen=True, slots=True)
 class LinearBlock:
@@ -53,3 +56,8 @@ def write_block(parameter: Tensor, block: LinearBlock, w_NK: Tensor) -> None:
     """Overwrite the block's rectangle of its parameter, cast to the parameter's type."""
     with torch.no_grad():
         read_block(parameter, block).copy_(w_NK)
+
+
+def row_pieces(rows: int) -> list[slice]:
+    """Outputs of a block in pieces of at most ``PIECE_ROWS``."""
+    return [slice(first, first + PIECE_ROWS) for first in range(0, rows, PIECE_ROWS)]

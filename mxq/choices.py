@@ -8,7 +8,7 @@ from mxq.config import OWN, MeasureOptions, default_schemes
 from mxq.models.adapter import ModelAdapter
 from mxq.profiling.losses import MeasureSettings
 from mxq.profiling.sensitivity import SENSITIVITY, Sensitivity
-from mxq.quantizers import QUANTIZERS, Method, Quantizer
+from mxq.quantizers import QUANTIZERS, Method, Quantizer, quantize_kronecker
 from mxq.scheme import Scheme
 
 Entry = TypeVar("Entry")
@@ -28,7 +28,8 @@ def measure_settings(
     """Options with their names resolved.
 
     Raises:
-        ValueError: If a name is not on its menu.
+        ValueError: If a name is not on its menu, or the quantizer needs more than the sensitivity
+            finds.
     """
     if choices is None and OWN in (options.quantizer, options.sensitivity):
         raise ValueError(
@@ -43,6 +44,12 @@ def measure_settings(
         pick(QUANTIZERS, "quantizer", options.quantizer),
         pick(SENSITIVITY, "sensitivity", options.sensitivity),
     )
+    if own.quantizer is quantize_kronecker and not own.sensitivity.needs_gradients:
+        raise ValueError(
+            f"the quantizer {options.quantizer} needs gradients, which the sensitivity "
+            f"{options.sensitivity} does not take; choose --sensitivity fisher, or --quantizer "
+            "refined"
+        )
     return MeasureSettings(
         schemes=tuple(sorted({*others, *listed})),
         sensitivity=own.sensitivity,

@@ -118,8 +118,9 @@ Effort = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="Time for accuracy: balanced, or fast, which loses more, most of all below 4 bits. "
-        "Sets --quantizer and --target where they are not given.",
+        help="Time for accuracy: balanced; fast, which loses more, most of all below 4 bits; or "
+        "best, which packs several times as long. Sets --quantizer and --target where they are "
+        "not given.",
         rich_help_panel=MEASURING,
     ),
 ]
@@ -127,9 +128,10 @@ Quantizer = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="refined (GPTQ, then codes and scales again and again), gptq, or rtn (round to "
-        "nearest); all search the clip of each group.",
-        show_default="refined; gptq if fast",
+        help="kronecker (refined, then once more by what the loss hangs on in the outputs), "
+        "refined (GPTQ, then codes and scales again and again), gptq, or rtn (round to nearest); "
+        "all search the clip of each group.",
+        show_default="refined; gptq if fast, kronecker if best",
         rich_help_panel=MEASURING,
     ),
 ]

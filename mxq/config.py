@@ -20,6 +20,7 @@ PINS = ("auto", "off")
 EFFORTS: Mapping[str, tuple[str, str]] = {
     "fast": ("gptq", "local"),
     "balanced": ("refined", "original"),
+    "best": ("kronecker", "original"),
 }
 """Quantizer and target by effort: how much time accuracy is worth."""
 

@@ -1,4 +1,4 @@
-"""Counts in sentences: ``1 tensor``, ``12 tensors``, ``1,024 tokens``, ``1.5 GiB``."""
+"""Counts in sentences: ``1 tensor``, ``1,024 tokens``, ``1.5 GiB``, ``about 20 minutes``."""
 
 
 def counted(count: int, noun: str, plural: str | None = None) -> str:
@@ -18,3 +18,13 @@ def spoken_bytes(count: float) -> str:
         if count >= 2**power:
             return f"{count / 2**power:,.1f} {unit}"
     return f"{count:.0f} bytes"
+
+
+def spoken_seconds(seconds: float) -> str:
+    """A duration with one digit that means something."""
+    if seconds < 90:
+        return "about a minute" if seconds > 40 else "less than a minute"
+    if seconds < 90 * 60:
+        return f"about {round(seconds / 60, -1 if seconds > 1200 else 0):.0f} minutes"
+    hours = seconds / 3600
+    return f"about {hours:.0f} hours" if hours < 36 else f"about {hours / 24:.0f} days"

@@ -14,6 +14,7 @@ from mxq.checkpoint.pack import PackedLayer, PackReport, PackSharing, pack, plan
 from mxq.choices import Choices, measure_settings
 from mxq.compute import describe
 from mxq.config import AllocateOptions, MeasureOptions, OutputOptions
+from mxq.curvature_stage import curvature_files, giver
 from mxq.for_engine import inside
 from mxq.heldout import MeasuredLoss, measure_loss
 from mxq.models.adapter import ModelAdapter
@@ -184,6 +185,7 @@ def _pack(finish: Finish, name: str, allocation: Allocation, report: Report | No
     settings = measure_settings(finish.adapter, finish.measured, finish.choices)
     work, made_from = finish.work, _made_from(finish, {name: allocation})
     records = work.records(f"packed-{name}-layers", PackedLayer, made_from)
+    gradients = curvature_files(work, finish.adapter, finish.tokens, settings.method)
     return pack(
         finish.adapter,
         finish.tokens.batches(finish.adapter.source.device, work.store),
@@ -191,6 +193,7 @@ def _pack(finish: Finish, name: str, allocation: Allocation, report: Report | No
         work.packed(name),
         method=settings.method,
         target=finish.measured.target,
+        curvature=giver(work, gradients),
         progress=stage(report, f"pack {name}"),
         sharing=PackSharing(work.team, records if finish.is_kept else None),
     )

@@ -20,6 +20,7 @@ from mxq.config import (
     OutputOptions,
     QuantizeOptions,
 )
+from mxq.curvature_stage import complete, curvature_files, keeper
 from mxq.demo import model_path
 from mxq.distributed import Team
 from mxq.finish import Finish, QuantizeResult, pack_and_choose
@@ -278,6 +279,7 @@ def run_measure(
         Provenance, lambda: make_provenance(adapter.source.digest(), tokens.digest, recorded)
     )
     records = work.records("measure", LayerLosses, provenance)
+    gradients = curvature_files(work, adapter, tokens, settings.method)
     if choices is None:
         found = team.from_lead(
             _Table, lambda: _Table(work.cached("sensitivity", SensitivityTable, provenance))
@@ -285,6 +287,7 @@ def run_measure(
         if found.table is not None:
             if team.leads:
                 records.clear()  # a run may have been killed right before it did
+            complete(work, adapter, tokens, gradients, report)
             return found.table
     table = measure(
         adapter,
@@ -292,6 +295,7 @@ def run_measure(
         settings,
         provenance,
         generator=torch.Generator().manual_seed(0),
+        keep=keeper(work, gradients),
         progress=stage(report, "measure"),
         sharing=Sharing(team, records if choices is None else None),
     )

@@ -22,11 +22,13 @@ from mxq.config import (
     ResourceOptions,
 )
 from mxq.counted import spoken_bytes
+from mxq.curvature import curvature_bytes
 from mxq.heap import KEPT_BYTES
 from mxq.machine import Machine, Rates, machine, measure_rates
 from mxq.models.activations import COLD_SHARE
 from mxq.models.adapter import ModelAdapter
 from mxq.models.sweep import BATCH_TOKENS
+from mxq.operations import factors, moments, one_scheme, refine_again
 from mxq.profiling.losses import MeasureSettings
 from mxq.quantizers.choose import BATCH_BYTES, quantizing_bytes
 from mxq.quantizers.refine import SWEEPS
@@ -41,7 +43,7 @@ FLOAT_BYTES = 4
 STAGES = ("profile", "measure", "pack", "measured loss")
 """Those that take time."""
 
-_PRODUCTS = {"rtn": 0.0, "gptq": 1.0, "refined": 2.0 + SWEEPS}
+_PRODUCTS = {"rtn": 0.0, "gptq": 1.0, "refined": 2.0 + SWEEPS, "kronecker": 2.0 + SWEEPS}
 """What a quantizer's columns take, in units of N K^2 multiply-adds, beside the clip search."""
 
 _WITHOUT_GRADIENTS = MeasureOptions(sensitivity="output_mse")
@@ -247,16 +249,6 @@ def check_needs(needs: Needs, found: Machine, resources: ResourceOptions) -> Non
         )
 
 
-def about(seconds: float) -> str:
-    """A duration with one digit that means something."""
-    if seconds < 90:
-        return "about a minute" if seconds > 40 else "less than a minute"
-    if seconds < 90 * 60:
-        return f"about {round(seconds / 60, -1 if seconds > 1200 else 0):.0f} minutes"
-    hours = seconds / 3600
-    return f"about {hours:.0f} hours" if hours < 36 else f"about {hours / 24:.0f} days"
-
-
 def _check(
     adapter: ModelAdapter,
     work: Workload,
@@ -332,7 +324,15 @@ def _disk(sizes: Sizes, work: Workload) -> dict[str, int]:
         "activations over the limit": cold
         - in_memory
         + max(0, hot - (work.limit_bytes - in_memory)),
+        **_gradients(sizes, work),
     }
+
+
+def _gradients(sizes: Sizes, work: Workload) -> dict[str, int]:
+    """Bytes of the second moments of gradients, where the quantizer makes use of them."""
+    if work.settings.method.name != "kronecker":
+        return {}
+    return {"second moments of gradients": sum(map(curvature_bytes, sizes.blocks))}
 
 
 def _seconds(sizes: Sizes, work: Workload, rates: Rates) -> dict[str, float]:
@@ -346,48 +346,24 @@ def _seconds(sizes: Sizes, work: Workload, rates: Rates) -> dict[str, float]:
     products = _PRODUCTS.get(work.settings.method.name, 1.0)
     tries = 2 if work.settings.rotation == "auto" else 1
     # Blocks are dealt to the processes; every one of them runs the layers.
-    one = _one_scheme(blocks, rates, products) / work.processes
+    one = one_scheme(blocks, rates, products) / work.processes
     # The cheapest scheme is tried both ways. Second moments and, for GPTQ, their factors are made
     # once for all schemes of a visit.
-    factors = _factors(blocks) if products else 0.0
-    moments = _moments(sizes, blocks, work.fit_tokens) + factors
-    moments /= rates.operations_per_second * work.processes
+    operations = factors(blocks) if products else 0.0
+    operations += moments(sizes.share, blocks, work.fit_tokens)
+    inputs = operations / rates.operations_per_second / work.processes
+    again = refine_again(blocks) if work.settings.method.name == "kronecker" else 0.0
+    again /= rates.operations_per_second * work.processes
     # Forward twice and backward once, or forward once; the experts' probes; outputs by scheme.
     runs = (5 if work.settings.sensitivity.needs_gradients else 3) + 2 * len(work.settings.schemes)
-    measured = (len(integers) + (tries - 1)) * one + tries * moments
+    measured = (len(integers) + (tries - 1)) * one + tries * inputs
     return {
         "profile": read + 2 * forward * work.tokens,
         "measure": 2 * read + runs * forward * work.tokens + measured,
         # The original layers run beside; how inputs differ takes moments and a factor, too.
-        "pack": work.plans * (read + 4 * forward * work.tokens + one + 2 * moments),
+        "pack": work.plans * (read + 4 * forward * work.tokens + one + 2 * inputs + again),
         "measured loss": (1 + work.plans) * (read + forward * work.heldout_tokens),
     }
-
-
-def _one_scheme(blocks: Sequence[LinearBlock], rates: Rates, products: float) -> float:
-    """Seconds to quantize every block once, by so many times N K^2 multiply-adds."""
-    search = sum(block.weights for block in blocks) / rates.searched_weights_per_second
-    operations = sum(2.0 * block.weights * block.in_features for block in blocks)
-    return search + products * operations / rates.operations_per_second
-
-
-def _factors(blocks: Sequence[LinearBlock]) -> float:
-    """Operations for the three factorizations of the second moments of all inputs."""
-    return sum(2.0 * b.in_features**3 for b in blocks if not _shares_input(b))
-
-
-def _moments(sizes: Sizes, blocks: Sequence[LinearBlock], tokens: int) -> float:
-    """Operations for the second moments of all inputs."""
-    return sum(
-        2.0 * tokens * (1.0 if b.expert is None else sizes.share) * b.in_features**2
-        for b in blocks
-        if not _shares_input(b)
-    )
-
-
-def _shares_input(block: LinearBlock) -> bool:
-    """Whether another block of its expert reads the same, so that nothing is computed twice."""
-    return block.expert is not None and block.projection == "gate"
 
 
 def _largest(parts: Mapping[str, int]) -> str:

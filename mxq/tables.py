@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mxq.artifacts import Allocation, BlockInfo, SensitivityTable
-from mxq.counted import counted, spoken_bytes
+from mxq.counted import counted, spoken_bytes, spoken_seconds
 from mxq.engines import format_warnings, load_rules
 from mxq.finish import QuantizeResult
 from mxq.heldout import MeasuredLoss
@@ -28,7 +28,7 @@ from mxq.report.words import (
     plan_name,
     unrouted_experts,
 )
-from mxq.resources import Needs, about
+from mxq.resources import Needs
 from mxq.scheme import Scheme
 from mxq.terminal import make_console
 from mxq.workspace import Workspace
@@ -232,7 +232,9 @@ def show_needs(needs: Needs, found: Machine) -> None:
         label = "" if taken else kind
         table.add_row(label, "in all", total, spoken_bytes(free), end_section=True)
     for name, seconds in needs.seconds.items():
-        table.add_row("time" if name == next(iter(needs.seconds)) else "", name, about(seconds), "")
+        table.add_row(
+            "time" if name == next(iter(needs.seconds)) else "", name, spoken_seconds(seconds), ""
+        )
     table.caption = (
         "Time: counted operations over this machine's speed just now, an order of magnitude."
     )

@@ -70,12 +70,12 @@ def _of_baseline(rows: Sequence[Row], size: str) -> float | None:
 
 
 def _not_worse(rows: Sequence[Row]) -> Iterator[Goal]:
-    """From 3 bits on: mxq against the row that is best beside it."""
+    """From 3 bits on: mxq against the row that is best beside it, but for its own higher effort."""
     for size in dict.fromkeys(row["size"] for row in rows):
         found = at(rows, size)
         if min(row["bits"] for row in found) < 3:
             continue
-        others = sorted({row["method"] for row in found} - {"mxq"})
+        others = sorted({row["method"] for row in found} - {"mxq", "mxq-best"})
         shares = {name: share(rows, size, "mxq", name) for name in others}
         known = {name: value for name, value in shares.items() if value is not None}
         best = max(known, key=lambda name: known[name], default="every other row")

@@ -24,6 +24,7 @@ from mxq.blocks import write_block
 from mxq.checkpoint.expert_choices import count_kept
 from mxq.checkpoint.modules import MxqLinear
 from mxq.checkpoint.pack import pack
+from mxq.curvature import Curvature
 from mxq.models.experts import expert_count, is_fused_experts
 from mxq.numerics import unrotate
 from mxq.quantizers import Method
@@ -41,26 +42,35 @@ class Answer:
     choices: Mapping[str, Tensor]
 
 
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How a plan is packed: quantizer, target, and for some quantizers what gradients say."""
+
+    method: Method
+    target: str
+    curvature: Mapping[int, Curvature] | None = None
+
+
 def judge_plan(
-    bench: Bench, plan: Allocation, method: Method, target: str, reference: Sequence[Answer]
+    bench: Bench, plan: Allocation, packing: Packing, reference: Sequence[Answer]
 ) -> dict[str, Any]:
     """Pack a plan of mxq, load the checkpoint, decode it and compare.
 
     ``file_bytes`` are those of the weight files and their index.
     """
-    with _packed(bench, plan, method, target) as (stored, packed):
+    with _packed(bench, plan, packing) as (stored, packed):
         weights = _decoded(bench, packed)
     return {**stored, **judge_weights(bench, weights, reference)}
 
 
 def judge_inputs(
-    bench: Bench, plan: Allocation, method: Method, target: str, reference: Sequence[Answer]
+    bench: Bench, plan: Allocation, packing: Packing, reference: Sequence[Answer]
 ) -> dict[str, Any]:
     """Pack a plan of mxq, load the checkpoint and compare it as it runs, its inputs rounded.
 
     ``kl_weights`` is that of the decoded weights alone, with inputs as they are.
     """
-    with _packed(bench, plan, method, target) as (stored, packed):
+    with _packed(bench, plan, packing) as (stored, packed):
         weights = _decoded(bench, packed)
         decode_once(packed)
         found = judge_model(bench, packed, reference)
@@ -143,13 +153,20 @@ def decode_once(packed: PreTrainedModel) -> None:
 
 @contextmanager
 def _packed(
-    bench: Bench, plan: Allocation, method: Method, target: str
+    bench: Bench, plan: Allocation, packing: Packing
 ) -> Iterator[tuple[dict[str, int], PreTrainedModel]]:
     """A plan packed and loaded again; with the bytes of its tensors and of its weight files."""
+    known = None if packing.curvature is None else packing.curvature.__getitem__
     folder = Path(tempfile.mkdtemp(prefix="mxq-bench-"))
     try:
         report = pack(
-            bench.adapter, bench.batches, plan, folder / "out", method=method, target=target
+            bench.adapter,
+            bench.batches,
+            plan,
+            folder / "out",
+            method=packing.method,
+            target=packing.target,
+            curvature=known,
         )
         packed = AutoModelForCausalLM.from_pretrained(folder / "out", dtype=torch.float32)
         files = sum(path.stat().st_size for path in (folder / "out").glob("*.safetensors*"))

@@ -13,6 +13,7 @@ NAMES: Mapping[str, str] = {
     "mxmoe": "MxMoE's own mode (layer norm, per-layer budget, gate = up, rotated GPTQ)",
     "mxq-fast": "mxq with `--effort fast`",
     "mxq": "mxq default",
+    "mxq-best": "mxq with `--effort best`",
     "llmcompressor": "llm-compressor GPTQ, uniform",
     "llmcompressor-mxq-plan": "llm-compressor GPTQ, widths of mxq's plan, no rotation",
     "autoround": "AutoRound, widths by AutoScheme, tuned",

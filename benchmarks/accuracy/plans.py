@@ -11,8 +11,9 @@ from accuracy.bench import Bench, budget_bits
 from mxq.artifacts import Allocation, BlockInfo, SensitivityTable
 from mxq.blocks import LinearBlock
 from mxq.config import default_schemes
+from mxq.curvature import Curvature
 from mxq.profiling.losses import MeasureSettings
-from mxq.profiling.measure import measure
+from mxq.profiling.measure import measure, measure_curvature
 from mxq.profiling.sensitivity import SENSITIVITY
 from mxq.quantizers import QUANTIZERS, Method
 from mxq.scheme import Scheme, parse_schemes
@@ -47,6 +48,7 @@ OWN: Mapping[str, Recipe] = {
     "mxmoe": Recipe("mxmoe", "gptq", "local"),
     "mxq-fast": Recipe("mxq", "gptq", "local"),
     "mxq": Recipe("mxq", "refined", "original"),
+    "mxq-best": Recipe("mxq", "kronecker", "original"),
 }
 """Rows that mxq makes; ``mxq`` is what it does when nothing is said."""
 
@@ -58,6 +60,17 @@ class Tables:
     bench: Bench
     found: dict[tuple[str, str], SensitivityTable] = field(default_factory=dict)
     seconds: dict[tuple[str, str], float] = field(default_factory=dict)
+    curvatures: dict[int, Curvature] = field(default_factory=dict)
+
+    def curvature(self, recipe: Recipe) -> Mapping[int, Curvature] | None:
+        """What is known of gradients by layer, for a quantizer that makes use of them."""
+        if recipe.quantizer != "kronecker":
+            return None
+        if not self.curvatures:
+            bench, draws = self.bench, torch.Generator().manual_seed(self.bench.seed)
+            keep = self.curvatures.__setitem__
+            measure_curvature(bench.adapter, bench.batches, keep, generator=draws)
+        return self.curvatures
 
     def get(self, metric: str, method: Method) -> SensitivityTable:
         """The table of a metric and a quantizer."""
@@ -91,8 +104,10 @@ def make_plan(tables: Tables, recipe: Recipe, size: str) -> tuple[Allocation, fl
         plan = allocate(table, bits=bits, objective="mxmoe", r=1.0, tie_gate_up=True)
         return plan, tables.seconds["layer_out", recipe.quantizer]
     if recipe.plan == "mxq":
-        table = tables.get("fisher", recipe.method)
-        return allocate(table, bits=bits), tables.seconds["fisher", recipe.quantizer]
+        # Losses are measured without what gradients say of outputs: as the refined ones.
+        method = OWN["mxq"].method if recipe.quantizer == "kronecker" else recipe.method
+        table = tables.get("fisher", method)
+        return allocate(table, bits=bits), tables.seconds["fisher", method.name]
     # Only what a uniform plan is predicted to lose comes of the table; it needs none to be made.
     table = tables.get("fisher", OWN["gptq"].method)
     is_rotated = recipe.plan == "uniform-rotated"

@@ -28,8 +28,8 @@ BATCH_TOKENS = 4096
 
 ORDER = (
     *("small/mxq", "small/autoround", "small/llmcompressor", "random/mxq"),
-    *("small/mxq-one-scheme", "small/mxq-balanced", "small/autoround-default-scoring"),
-    "random/llmcompressor",
+    *("small/mxq-one-scheme", "small/mxq-balanced", "small/mxq-best"),
+    *("small/autoround-default-scoring", "random/llmcompressor"),
 )
 """Cases in order of importance; ``random/llmcompressor`` runs only when it is asked for."""
 
@@ -96,7 +96,8 @@ def make_job(case: str, amounts: Amounts, *, model: Path, tokens: Path, room: Pa
             bits = amounts.bits if plan is None else None
             schemes = [] if plan else amounts.mxq_schemes(case)
             # Its default effort does more than the peers do here: a case of its own.
-            effort = "balanced" if case.endswith("-balanced") else "fast"
+            kind = case.rpartition("-")[2]
+            effort = kind if kind in ("balanced", "best") else "fast"
             return {**job, "plan": plan, "bits": bits, "schemes": schemes, "effort": effort}
         case "autoround":
             scored = (amounts.samples(case), amounts.seqlen)

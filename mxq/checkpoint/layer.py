@@ -16,7 +16,9 @@ from torch import Tensor
 
 from mxq.artifacts import Allocation
 from mxq.checkpoint.expert_choices import ExpertChoices, count_kept, sum_sites
+from mxq.checkpoint.outer import Outer, outer_of_experts, outer_of_linear
 from mxq.checkpoint.tensors import from_tensors, tensor_shapes, to_tensors
+from mxq.curvature import Curvature
 from mxq.distributed import Team
 from mxq.models.activations import ActivationStore
 from mxq.models.adapter import Capture, ModelAdapter
@@ -49,7 +51,8 @@ from mxq.scheme import Scheme
 class PackJob:
     """The unchanging arguments of one packing run.
 
-    ``target`` is what blocks are fitted to, one of ``mxq.config.TARGETS``.
+    ``target`` is what blocks are fitted to, one of ``mxq.config.TARGETS``. ``curvature`` gives what
+    is known of the gradients of a layer's sites, None where nothing is.
     """
 
     adapter: ModelAdapter
@@ -58,6 +61,7 @@ class PackJob:
     batches: Batches
     team: Team
     target: str
+    curvature: Callable[[int], Curvature] | None = None
 
     @property
     def fit_tokens(self) -> int:
@@ -68,6 +72,10 @@ class PackJob:
     def store(self) -> ActivationStore:
         """Where activations are kept."""
         return self.batches.store
+
+    def curvature_of(self, layer: int) -> Curvature:
+        """What is known of the gradients of a layer's sites; every process asks for it."""
+        return {} if self.curvature is None else self.curvature(layer)
 
     def rotated(self, layer: int) -> bool:
         """Whether the layer's block inputs are rotated."""
@@ -93,13 +101,14 @@ class LayerWork:
     """A loaded layer that is to be quantized, and its calls.
 
     ``origins`` are the inputs that its sites have in the original model, where blocks are fitted to
-    that; else it is empty.
+    that; else it is empty. ``curvature`` is of the sites whose gradients are known.
     """
 
     job: PackJob
     layer: int
     calls: Sequence[LayerCall]
     origins: Mapping[str, SiteInputs]
+    curvature: Curvature
 
 
 @dataclass(slots=True)
@@ -177,7 +186,8 @@ def _share_group(work: LayerWork, group: Sequence[str]) -> list[_Found]:
             place = id(inputs.x_TK)
             if place not in known:
                 known[place] = _known_of_linear(work, inputs)
-            mine.take(job, _quantize_blocks(job, [inputs.site], known[place]))
+            outer = outer_of_linear(job.adapter.module(inputs.site), work.curvature, inputs.site)
+            mine.take(job, _quantize_blocks(job, [inputs.site], known[place], outer))
         else:
             mine.choices |= _choices_of(work, inputs)
             mine.take(job, _quantize_experts(work, inputs, parts, mine.unrouted))
@@ -285,18 +295,20 @@ def _quantize_experts(
         if origin is not None:
             outer = [origin.rows(one.rows, one.x_TH.device) for one in seen]
             inner = [one.inner_of(x_TH) for one, x_TH in zip(seen, outer, strict=True)]
+        costs = outer_of_experts(module, seen, work.curvature.get(inputs.site))
         # All but the down projection read the same.
         first, *others = [name for name in projection_shapes(module) if name != "down"]
         probes = [one.probe(first) for one in seen]
         known = _known_of(work, probes, prior_KK, outer)
         for name in (first, *others):
             blocks = [_sibling(probe.block, name) for probe in probes]
-            yield from _quantize_blocks(job, blocks, known)
+            yield from _quantize_blocks(job, blocks, known, costs.get(name))
         # They are in place now: the inner activation is that of the quantized expert.
         probes = [one.probe("down") for one in seen]
         unrouted.extend(_expert_of(probe.block) for probe in probes if probe.tokens == 0)
         blocks = [probe.block for probe in probes]
-        yield from _quantize_blocks(job, blocks, _known_of(work, probes, None, inner))
+        known = _known_of(work, probes, None, inner)
+        yield from _quantize_blocks(job, blocks, known, costs.get("down"))
 
 
 def _known_of(
@@ -319,7 +331,7 @@ def _known_of(
 
 
 def _quantize_blocks(
-    job: PackJob, blocks: Sequence[str], known: BatchInputs
+    job: PackJob, blocks: Sequence[str], known: BatchInputs, outer: Outer | None
 ) -> Iterator[Candidate]:
     """Quantize blocks of one shape, those of one scheme together, and install them."""
     by_scheme: dict[Scheme, list[int]] = defaultdict(list)
@@ -328,7 +340,8 @@ def _quantize_blocks(
     for scheme, places in sorted(by_scheme.items()):
         names = [blocks[place] for place in places]
         weights = [job.adapter.weight(name) for name in names]
-        batch = make_batch(names, weights, known.select(places))
+        parts = None if outer is None else [piece[places] for piece in outer]
+        batch = make_batch(names, weights, known.select(places), parts)
         candidates = quantize_batch(batch, scheme, job.method)
         for candidate in candidates:
             job.adapter.install(candidate.block, candidate.dense(), scheme, candidate.rotated)

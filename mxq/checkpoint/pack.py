@@ -9,7 +9,7 @@ that was stopped.
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +29,7 @@ from mxq.checkpoint.layer import (
 )
 from mxq.checkpoint.writer import CheckpointWriter, shard_file
 from mxq.counted import counted
+from mxq.curvature import Curvature
 from mxq.distributed import Team
 from mxq.models.adapter import Capture, ModelAdapter
 from mxq.models.experts import expert_bias
@@ -93,19 +94,21 @@ def pack(  # noqa: PLR0913  (who packs, and who watches, changes no byte)
     *,
     method: Method,
     target: str = "original",
+    curvature: Callable[[int], Curvature] | None = None,
     progress: OnProgress | None = None,
     sharing: PackSharing | None = None,
 ) -> PackReport:
     """Write the checkpoint of an allocation to ``folder``; the leading process alone writes.
 
-    ``target`` is what blocks are fitted to, one of ``mxq.config.TARGETS``.
+    ``target`` is what blocks are fitted to, one of ``mxq.config.TARGETS``. ``curvature`` gives the
+    moments of a layer's gradients, for a quantizer that makes use of them.
 
     Raises:
         ValueError: If the allocation does not cover the model's blocks, or values are not finite.
     """
     _check_covers(adapter, allocation)
     sharing = sharing or PackSharing()
-    job = PackJob(adapter, allocation, method, batches, sharing.team, target)
+    job = PackJob(adapter, allocation, method, batches, sharing.team, target, curvature)
     writer = CheckpointWriter(folder) if sharing.team.leads else None
     done = _known(sharing, writer)
     source = adapter.source
@@ -122,7 +125,7 @@ def pack(  # noqa: PLR0913  (who packs, and who watches, changes no byte)
                 if layer in done:
                     _reinstall(job, layer, folder)
                 else:
-                    work = LayerWork(job, layer, own, origins)
+                    work = LayerWork(job, layer, own, origins, job.curvature_of(layer))
                     done[layer] = _pack_layer(work, writer, sharing)
                 outputs += run_calls(own, batches.store)
         finally:

@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 import torch
 
 from mxq.artifacts import Provenance, SensitivityTable
+from mxq.curvature import KeepCurvature
 from mxq.distributed import Team
 from mxq.models.adapter import ModelAdapter
 from mxq.models.lockstep import LayerCall
 from mxq.models.probes import SiteInputs
 from mxq.models.sweep import Batches, OnProgress, sweep_backward, sweep_forward
+from mxq.profiling.gradients import curvature_of
 from mxq.profiling.losses import LayerLosses, LayerVisit, MeasureSettings, measure_layer
 from mxq.profiling.table import check_fit, make_table
 from mxq.records import Records
@@ -42,6 +44,7 @@ def measure(  # noqa: PLR0913  (who measures, and who watches, changes no loss)
     provenance: Provenance,
     *,
     generator: torch.Generator,
+    keep: KeepCurvature | None = None,
     progress: OnProgress | None = None,
     sharing: Sharing | None = None,
 ) -> SensitivityTable:
@@ -49,6 +52,7 @@ def measure(  # noqa: PLR0913  (who measures, and who watches, changes no loss)
 
     Each layer is read once for a forward-only metric, twice for one with gradients. Losses are
     made monotone: a scheme that stores more, with inputs at least as exact, never costs more.
+    ``keep`` is given what a metric with gradients finds of every layer's gradients.
 
     Raises:
         ValueError: If a weight or activation is not finite (names the block), or no scheme fits
@@ -63,6 +67,8 @@ def measure(  # noqa: PLR0913  (who measures, and who watches, changes no loss)
     fresh: list[LayerLosses] = []
 
     def on_sites(layer: int, sites: dict[str, SiteInputs], calls: list[LayerCall]) -> None:
+        if keep is not None and backwards:
+            keep(layer, curvature_of(sites, adapter.source.device))
         if layer in done:
             return
         place = turn.index(layer)
@@ -78,6 +84,22 @@ def measure(  # noqa: PLR0913  (who measures, and who watches, changes no loss)
     elif turn:
         sweep_forward(adapter, batches, on_sites, progress)
     return make_table(adapter, batches, settings, done, provenance)
+
+
+def measure_curvature(
+    adapter: ModelAdapter,
+    batches: Batches,
+    keep: KeepCurvature,
+    *,
+    generator: torch.Generator,
+    progress: OnProgress | None = None,
+) -> None:
+    """Only the second moments of every layer's gradients, where its losses are known already."""
+
+    def on_sites(layer: int, sites: dict[str, SiteInputs], calls: list[LayerCall]) -> None:
+        keep(layer, curvature_of(sites, adapter.source.device))
+
+    sweep_backward(adapter, batches, on_sites, generator=generator, progress=progress)
 
 
 def _known(sharing: Sharing) -> dict[int, LayerLosses]:

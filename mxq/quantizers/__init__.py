@@ -12,12 +12,14 @@ from torch import Tensor
 
 from mxq.numerics import QuantizedWeight
 from mxq.quantizers.gptq import quantize_gptq
+from mxq.quantizers.kronecker import quantize_kronecker
 from mxq.quantizers.method import Method, Quantizer
 from mxq.quantizers.refine import quantize_refined
 from mxq.quantizers.rtn import quantize_rtn
 from mxq.scheme import Scheme
 
 QUANTIZERS: Mapping[str, Quantizer] = {
+    "kronecker": quantize_kronecker,
     "refined": quantize_refined,
     "gptq": quantize_gptq,
     "rtn": quantize_rtn,
@@ -67,6 +69,7 @@ __all__ = [
     "Quantizer",
     "per_matrix",
     "quantize_gptq",
+    "quantize_kronecker",
     "quantize_refined",
     "quantize_rtn",
 ]

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from mxq.blocks import LinearBlock
+from mxq.blocks import LinearBlock, row_pieces
 from mxq.numerics import (
     QuantizedWeight,
     check_finite,
@@ -18,6 +18,7 @@ from mxq.numerics import (
     unrotate,
 )
 from mxq.quantizers.gptq import Columns, gptq_on_grid, make_columns, quantize_gptq, take
+from mxq.quantizers.kronecker import quantize_kronecker, refine_kronecker
 from mxq.quantizers.method import Method
 from mxq.quantizers.moments import isotropic, own_share, rotate_moments, second_moments, shrink
 from mxq.quantizers.refine import quantize_refined, refine
@@ -77,13 +78,16 @@ class BatchInputs:
 class BlockBatch:
     """Blocks of one shape with their inputs: weights [B, N, K], rotated where the inputs are.
 
-    ``w_BNK`` are the weights to come near to, ``plain_BNK`` those of the model.
+    ``w_BNK`` are the weights to come near to, ``plain_BNK`` those of the model. ``outer`` are
+    second moments of the gradients at the outputs, [B, n, n] for each of their ``row_pieces``; None
+    where all outputs count the same.
     """
 
     names: tuple[str, ...]
     w_BNK: Tensor
     inputs: BatchInputs
     plain_BNK: Tensor
+    outer: tuple[Tensor, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +131,13 @@ def quantizing_bytes(block: LinearBlock) -> int:
     """Memory to quantize a block.
 
     Its weights and their copies while they are rounded; Hessian and factor of its inputs as they
-    are and rotated, what a factor is made of, and how the original's inputs differ.
+    are and rotated, what a factor is made of, and how the original's inputs differ; moments of its
+    gradients, damped and as correlations.
     """
-    return 4 * (8 * block.weights + 9 * block.in_features**2)
+    outer = sum(
+        len(range(block.out_features)[rows]) ** 2 for rows in row_pieces(block.out_features)
+    )
+    return 4 * (8 * block.weights + 9 * block.in_features**2 + 3 * outer)
 
 
 def expert_chunks(blocks: Sequence[LinearBlock]) -> Iterator[list[int]]:
@@ -180,7 +188,12 @@ def _shift(block: BlockInputs, origin_TK: Tensor, weight_T: Tensor, hessian_KK: 
     return shift_KK * trusted_share(shift_KK, block.x_TK[held], origin_TK[held], weight_T[held])
 
 
-def make_batch(names: Sequence[str], weights: Sequence[Tensor], inputs: BatchInputs) -> BlockBatch:
+def make_batch(
+    names: Sequence[str],
+    weights: Sequence[Tensor],
+    inputs: BatchInputs,
+    outer: Sequence[Tensor] | None = None,
+) -> BlockBatch:
     """Blocks of one shape, [N, K] each, with their inputs.
 
     Raises:
@@ -193,7 +206,8 @@ def make_batch(names: Sequence[str], weights: Sequence[Tensor], inputs: BatchInp
     if inputs.shift_BKK is not None:
         w_BNK = plain_BNK + plain_BNK @ inputs.shift_BKK
     w_BNK = rotate(w_BNK) if inputs.rotated else w_BNK
-    return BlockBatch(tuple(names), w_BNK, inputs, plain_BNK)
+    known = None if outer is None else tuple(outer)
+    return BlockBatch(tuple(names), w_BNK, inputs, plain_BNK, known)
 
 
 def quantize_batch(batch: BlockBatch, scheme: Scheme, method: Method) -> tuple[Candidate, ...]:
@@ -227,14 +241,16 @@ def _options(
     w_BNK, hessian_BKK = batch.w_BNK, batch.inputs.hessian_BKK
     if scheme.kind != "int" or method.quantizer is quantize_rtn:
         return [(method.name, method.quantizer(w_BNK, scheme, hessian_BKK))]
-    if method.quantizer not in (quantize_gptq, quantize_refined):
+    if method.quantizer not in (quantize_gptq, quantize_refined, quantize_kronecker):
         own = method.quantizer(w_BNK, scheme, hessian_BKK)
         return [(method.name, own), ("rtn", quantize_rtn(w_BNK, scheme, hessian_BKK))]
     check_groups(w_BNK.shape[-1], scheme)
     grid = find_grid(w_BNK, scheme, hessian_BKK)
     own = gptq_on_grid(w_BNK, scheme, grid, batch.inputs.columns)
-    if method.quantizer is quantize_refined:
+    if method.quantizer is not quantize_gptq:
         own = refine(w_BNK, own, hessian_BKK)
+    if method.quantizer is quantize_kronecker and batch.outer is not None:
+        own = refine_kronecker(w_BNK, own, hessian_BKK, batch.outer)
     return [(method.name, own), ("rtn", rtn_on_grid(w_BNK, scheme, grid))]
 
 
@@ -251,10 +267,28 @@ def _pick(
 
 
 def _output_error(batch: BlockBatch, index: int, q: QuantizedWeight) -> float:
-    """Squared output error on the block's judges, or under its second moments without any."""
+    """Squared output error on the block's judges, or under its second moments without any.
+
+    Outputs count as much as their gradients say, where those are known.
+    """
     delta_NK = dequantize(q) - batch.w_BNK[index]
     check_finite(delta_NK, f"quantized {batch.names[index]} ({q.scheme})")
     x_TK, weight_T = batch.inputs.judges[index]
     if len(x_TK) == 0:
         return float(((delta_NK @ batch.inputs.hessian_BKK[index]) * delta_NK).sum())
-    return float(((x_TK @ delta_NK.T).square().sum(-1) * weight_T).sum())
+    error_TN = x_TK @ delta_NK.T
+    return float((_squares(batch, index, error_TN) * weight_T).sum())
+
+
+def _squares(batch: BlockBatch, index: int, error_TN: Tensor) -> Tensor:
+    """Squared errors of a block's outputs, as much as they count, [T]."""
+    if batch.outer is None:
+        return error_TN.square().sum(-1)
+    pieces = zip(row_pieces(error_TN.shape[1]), batch.outer, strict=True)
+    return sum(
+        (
+            ((error_TN[:, rows] @ outer_Bnn[index]) * error_TN[:, rows]).sum(-1)
+            for rows, outer_Bnn in pieces
+        ),
+        start=error_TN.new_zeros(len(error_TN)),
+    )

@@ -50,8 +50,8 @@ def kl_of(original, model):
 def test_a_row_has_the_kl_of_the_loaded_checkpoint_and_that_of_its_weights(made):
     setup, plan, folder = made
     original = judge.dense_model(setup)
-    reference = judge.log_probabilities(original, setup.evaluations)
-    found = judge.judge_inputs(setup, plan, RTN, "local", reference)
+    reference = judge.answers(original, setup.evaluations)
+    found = judge.judge_inputs(setup, plan, judge.Packing(RTN, "local"), reference)
     packed = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     # Float32 logits of about 1 leave differences of 1e-6 in a KL of 1e-2.
     assert found["kl"] == pytest.approx(kl_of(original, packed), rel=1e-3)

@@ -33,7 +33,7 @@ def command(tmp_path_factory):
     text.write_text("".join(f"The clock struck {number} times. " for number in range(60)))
     line = (
         f"quantize {model} --bits 5 --schemes {MENU} --calibration file:{text} --samples 6 "
-        "--seqlen 16 --rotation off --no-guard --output out"
+        "--seqlen 16 --rotation off --effort best --no-guard --output out"
     )
     return line.split()
 

@@ -102,7 +102,7 @@ def test_a_run_of_mxq_is_counted_where_functions_were_imported_by_name(tmp_path)
     ids = torch.randint(500, (18, 24), generator=torch.Generator().manual_seed(0))
     models.save_tokens(ids, tmp_path / "tokens.safetensors")
     job = cases.make_job(
-        "small/mxq-balanced",
+        "small/mxq-best",
         cases.Amounts(16, 16, 24, 2, bits=2.2, threads=1),
         model=models.small_model("demo"),
         tokens=tmp_path / "tokens.safetensors",
@@ -116,6 +116,7 @@ def test_a_run_of_mxq_is_counted_where_functions_were_imported_by_name(tmp_path)
     assert stages <= {stage for stage, _ in seconds}
     # What is held by "from module import name", by a class, and by a table of choices.
     packed = {"digests", "write", "install", "pass of the original", "target: regression"}
+    packed.add("quantizer: refinement by gradients")
     measured = set(clock_module.PARTS.values()) - packed
     assert measured == {part for stage, part in seconds if stage == "measure"} - {"other"}
     wanted = {"forward", "Hessians", "quantizer: clip search", "quantizer: refinement", *packed}
@@ -166,7 +167,8 @@ def test_jobs_of_one_model_share_tokens_threads_and_budget(tmp_path):
     paths = {"model": tmp_path / "m", "tokens": tmp_path / "t", "room": tmp_path}
     jobs = {case: cases.make_job(case, AMOUNTS, **paths) for case in cases.ORDER}
     efforts = {case: job["effort"] for case, job in jobs.items() if "effort" in job}
-    assert [case for case in efforts if efforts[case] == "balanced"] == ["small/mxq-balanced"]
+    for effort in ("balanced", "best"):
+        assert [case for case in efforts if efforts[case] == effort] == [f"small/mxq-{effort}"]
     for key in ("model", "tokens", "threads", "output", "row"):
         assert len({job[key] for job in jobs.values()}) == 1, key
     assert jobs["small/mxq"]["bits"] == jobs["small/autoround"]["bits"] == AMOUNTS.bits
@@ -195,6 +197,7 @@ def test_the_random_peer_runs_only_when_asked_for():
         "small/mxq",
         "small/mxq-one-scheme",
         "small/mxq-balanced",
+        "small/mxq-best",
     ]
 
 

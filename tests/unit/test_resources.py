@@ -10,13 +10,12 @@ import mxq
 from mxq import machine, resources
 from mxq.choices import measure_settings
 from mxq.config import CalibrationOptions, MeasureOptions, ResourceOptions
-from mxq.counted import spoken_bytes
+from mxq.counted import spoken_bytes, spoken_seconds
 from mxq.machine import Machine, Rates
 from mxq.models.adapter import ModelAdapter
 from mxq.models.source import open_source
 from mxq.resources import (
     Needs,
-    about,
     check_needs,
     estimate,
     sizes_of,
@@ -212,7 +211,7 @@ def test_rates_are_those_of_a_machine():
     ],
 )
 def test_times_are_rounded_to_what_they_are_worth(seconds, text):
-    assert about(seconds) == text
+    assert spoken_seconds(seconds) == text
 
 
 @pytest.mark.parametrize(
