@@ -113,11 +113,13 @@ def test_the_best_effort_packs_with_the_gradients_of_every_block(model, tmp_path
     batches = tokens.batches(torch.device("cpu"))
     sweep_backward(adapter, batches, on_sites, generator=torch.Generator().manual_seed(0))
     for name in ("layers.0.self_attn.k_proj", "layers.1.mlp.shared_expert.down_proj"):
-        wanted = found[name].T @ found[name]
+        moments_NN = found[name].T @ found[name]
         [cost] = costs[name]
-        torch.testing.assert_close(
-            cost, wanted / wanted.diagonal().mean(), rtol=2**-10, atol=2**-10
-        )
+        cost = cost - torch.diag(cost.diagonal())
+        wanted = moments_NN - torch.diag(moments_NN.diagonal())
+        # But for the shrinkage, which leaves their proportions, and the rounding to float16.
+        cost, wanted = (part / part.norm() for part in (cost, wanted))
+        torch.testing.assert_close(cost, wanted, rtol=2**-9, atol=2**-9)
     # Experts of a layer write to one space.
     assert torch.equal(costs["layers.0.experts.0.down"][0], costs["layers.0.experts.3.down"][0])
 

@@ -262,15 +262,27 @@ def site(grad_TN, *, fit, routed=False):
     return SiteInputs("a", grad_TN, index, None, grad_TN, fit, store)
 
 
-def test_moments_of_gradients_have_mean_one_and_leave_out_held_out_tokens():
+def test_moments_of_gradients_are_shrunk_and_leave_out_held_out_tokens():
     grad_TN = random(50, 6) * 1e-4
     found = curvature_of({"a": site(grad_TN, fit=40)}, torch.device("cpu"))["a"]
-    expected = grad_TN[:40].T @ grad_TN[:40]
-    expected = expected / expected.diagonal().mean()
+    moments_NN = grad_TN[:40].T @ grad_TN[:40]
+    norm_T = grad_TN[:40].square().sum(-1)
+    tokens = float(norm_T.sum() ** 2 / norm_T.square().sum())
+    expected = tokens * moments_NN / moments_NN.diagonal().mean() + 6 * torch.eye(6)
     assert len(found) == 1
     assert found[0].dtype == torch.float16
     # Half a unit in the last place of float16, of values below 4.
-    torch.testing.assert_close(found[0].float(), expected, rtol=2**-11, atol=1e-6)
+    torch.testing.assert_close(found[0].float(), expected / (tokens + 6), rtol=2**-11, atol=1e-6)
+
+
+@pytest.mark.parametrize(("large", "tokens"), [(1.0, 64.0), (1e4, 1.0)])
+def test_gradients_that_few_tokens_carry_are_hardly_trusted(large, tokens):
+    # 64 tokens alike, or one beside which the others vanish; eight outputs that go together.
+    grad_TN = torch.ones(64, 8)
+    grad_TN[5] = large
+    [found] = curvature_of({"a": site(grad_TN, fit=64)}, torch.device("cpu"))["a"]
+    assert float(found[0, 1]) == pytest.approx(tokens / (tokens + 8), rel=1e-3)
+    assert float(found[0, 0]) == 1.0
 
 
 def test_experts_keep_all_of_it_and_linears_their_pieces(monkeypatch):
