@@ -191,6 +191,16 @@ def test_no_sweep_makes_a_matrix_worse(coupled, monkeypatch):
     assert losses[-1] < 0.97 * losses[0]
 
 
+def test_changes_that_lose_together_are_not_made(monkeypatch):
+    # Nobody gives up, and all rows make up for the same error.
+    monkeypatch.setattr(descent, "TURNS", 0)
+    w_NK, q, hessian_KK, outer_NN = problem("w2a16_g64_asym")
+    outer_NN = outer_NN + 100 * outer_NN.diagonal().mean() * torch.ones_like(outer_NN)
+    found = refined_again(w_NK, q, hessian_KK, outer_NN)
+    before, after = (loss(each, w_NK, hessian_KK, outer_NN) for each in (q, found))
+    assert after < before * (1 + 2**-9)
+
+
 def test_more_outputs_than_a_piece_are_refined_piece_by_piece(monkeypatch):
     w_NK, q, hessian_KK, outer_NN = problem("w2a16_g64_asym")
     monkeypatch.setattr(blocks, "PIECE_ROWS", 16)
