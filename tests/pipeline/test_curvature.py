@@ -1,5 +1,7 @@
 """Second moments of gradients, from the sweep that measures to the blocks that are packed."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from tiny import save_tiny, token_ids
@@ -132,6 +134,19 @@ def test_the_best_effort_gives_other_codes(model, tmp_path, costs):
     assert costs
     assert all(pieces is None for pieces in costs.values())
     assert weights_of(tmp_path / "best") != weights_of(tmp_path / "balanced")
+
+
+def test_every_block_of_a_mix_gets_its_own_moments(model, tmp_path, costs):
+    menu = {"schemes": "w2a16_grow_asym,w4a16_grow_asym", "effort": "best", "guard": False}
+    mixed = mxq.quantize(model, output=tmp_path / "mixed", bits=3, **menu, **TEXT)
+    found = dict(costs)
+    mxq.quantize(model, output=tmp_path / "uniform", **PLAN, **TEXT)
+    # The first layer reads the same in both.
+    names = [f"layers.0.experts.{expert}.{part}" for part in ("gate", "up") for expert in range(4)]
+    schemes = [str(mixed.plans["plan"].schemes[name]) for name in names]
+    assert any("w2" in first and "w4" in second for first, second in pairwise(schemes))
+    for name in names:
+        assert torch.equal(found[name][0], costs[name][0]), name
 
 
 def test_lost_moments_are_made_anew_for_the_same_bytes(model, tmp_path):
