@@ -114,7 +114,8 @@ BUDGETS: Mapping[str, Case] = {
         ("no solver 'simplex'; choose one of pulp, lagrangian",), RUN + " --solver simplex"
     ),
     "an unknown quantizer": Case(
-        ("quantizer 'awq' is unknown; choose one of gptq, refined, rtn",), RUN + " --quantizer awq"
+        ("quantizer 'awq' is unknown; choose one of gptq, kronecker, refined, rtn",),
+        RUN + " --quantizer awq",
     ),
     "an unknown sensitivity": Case(
         ("sensitivity 'x' is unknown; choose one of",), RUN + " --sensitivity x"

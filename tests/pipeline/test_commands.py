@@ -238,7 +238,7 @@ def test_an_infeasible_budget_ends_with_one_line_and_no_output(model, text, tmp_
         (["--bits", "3", "--rotation", "x"], "rotation 'x' is unknown; choose one of auto, on"),
         (
             ["--bits", "3", "--quantizer", "x"],
-            "quantizer 'x' is unknown; choose one of gptq, refined, rtn",
+            "quantizer 'x' is unknown; choose one of gptq, kronecker, refined, rtn",
         ),
         (["--bits", "3", "--sensitivity", "x"], "sensitivity 'x' is unknown; choose one of"),
         (["--bits", "3", "--granularity", "x"], "granularity 'x' is unknown; choose one of block"),
