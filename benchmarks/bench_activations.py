@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from accuracy.bench import Bench, count_schemes, open_bench, read_evaluation, stored_bits
 from accuracy.judge import Packing, answers, dense_model, judge_inputs
-from accuracy.plans import uniform_plan
+from accuracy.plans import measure_table, method_of, uniform_plan
 from accuracy.runs import make_parser, open_results, save_results
 from bench_memory import commit
 from transformers.utils import logging
@@ -26,13 +26,9 @@ from transformers.utils import logging
 from mxq.artifacts import Allocation, BlockInfo, SensitivityTable
 from mxq.config import CalibrationOptions
 from mxq.latency import load_pricing
-from mxq.profiling.losses import MeasureSettings
-from mxq.profiling.measure import measure
-from mxq.profiling.sensitivity import SENSITIVITY
-from mxq.quantizers import QUANTIZERS, Method
+from mxq.quantizers import Method
 from mxq.scheme import Scheme, parse_schemes
 from mxq.search.allocate import allocate
-from mxq.workspace import make_provenance
 
 W5A5 = "w4a4_grow_sym,w4a4_g128_sym,w8a8_grow_sym"
 """MxMoE's candidates of its W5A5 rows. Here an input always has one scale for each token; MxMoE's
@@ -67,7 +63,7 @@ class Recipe:
     @property
     def method(self) -> Method:
         """The quantizer to measure and to pack with."""
-        return Method(self.quantizer, QUANTIZERS[self.quantizer])
+        return method_of(self.quantizer)
 
     @property
     def metric(self) -> str:
@@ -105,18 +101,9 @@ class Tables:
         """The table that a recipe's plan is solved on."""
         key = recipe.menu, recipe.metric, recipe.quantizer
         if key not in self.found:
-            self.found[key] = measure(
-                self.bench.adapter,
-                self.bench.batches,
-                MeasureSettings(
-                    parse_schemes(recipe.menu),
-                    SENSITIVITY[recipe.metric],
-                    recipe.metric,
-                    recipe.method,
-                    recipe.rotation,
-                ),
-                make_provenance("", "", {}),
-                generator=torch.Generator().manual_seed(self.bench.seed),
+            schemes = parse_schemes(recipe.menu)
+            self.found[key] = measure_table(
+                self.bench, recipe.metric, recipe.method, schemes, recipe.rotation
             )
         return self.found[key]
 

@@ -61,3 +61,8 @@ def write_block(parameter: Tensor, block: LinearBlock, w_NK: Tensor) -> None:
 def row_pieces(rows: int) -> list[slice]:
     """Outputs of a block in pieces of at most ``PIECE_ROWS``."""
     return [slice(first, first + PIECE_ROWS) for first in range(0, rows, PIECE_ROWS)]
+
+
+def piece_sizes(rows: int) -> list[int]:
+    """How many outputs each of the ``row_pieces`` has."""
+    return [len(range(rows)[piece]) for piece in row_pieces(rows)]

@@ -8,7 +8,7 @@ from mxq.config import OWN, MeasureOptions, default_schemes
 from mxq.models.adapter import ModelAdapter
 from mxq.profiling.losses import MeasureSettings
 from mxq.profiling.sensitivity import SENSITIVITY, Sensitivity
-from mxq.quantizers import QUANTIZERS, Method, Quantizer, quantize_kronecker
+from mxq.quantizers import QUANTIZERS, Method, Quantizer
 from mxq.scheme import Scheme
 
 Entry = TypeVar("Entry")
@@ -44,7 +44,8 @@ def measure_settings(
         pick(QUANTIZERS, "quantizer", options.quantizer),
         pick(SENSITIVITY, "sensitivity", options.sensitivity),
     )
-    if own.quantizer is quantize_kronecker and not own.sensitivity.needs_gradients:
+    method = Method(options.quantizer, own.quantizer)
+    if method.reads_gradients and not own.sensitivity.needs_gradients:
         raise ValueError(
             f"the quantizer {options.quantizer} needs gradients, which the sensitivity "
             f"{options.sensitivity} does not take; choose --sensitivity fisher, or --quantizer "
@@ -54,7 +55,7 @@ def measure_settings(
         schemes=tuple(sorted({*others, *listed})),
         sensitivity=own.sensitivity,
         metric_name=options.sensitivity,
-        method=Method(options.quantizer, own.quantizer),
+        method=method,
         rotation=options.rotation,
         offered=_offered(options, others, projections),
     )

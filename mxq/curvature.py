@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mxq.artifacts import Provenance
-from mxq.blocks import LinearBlock, row_pieces
+from mxq.blocks import LinearBlock, piece_sizes
 from mxq.storage import digest_of, to_text, write_whole
 
 Curvature = Mapping[str, tuple[Tensor, ...]]
@@ -25,8 +25,8 @@ KeepCurvature = Callable[[int, Curvature], None]
 
 def curvature_bytes(blocks: Sequence[LinearBlock]) -> int:
     """Bytes in files of the moments of the sites of those blocks, all of one layer."""
-    linears = [range(block.out_features) for block in blocks if block.expert is None]
-    widths = [len(outputs[rows]) for outputs in linears for rows in row_pieces(len(outputs))]
+    linears = [block.out_features for block in blocks if block.expert is None]
+    widths = [rows for outputs in linears for rows in piece_sizes(outputs)]
     # Experts write to one space, which the down projections do.
     routed = {b.out_features for b in blocks if b.expert is not None and b.projection == "down"}
     return 2 * sum(width**2 for width in (*widths, *routed))

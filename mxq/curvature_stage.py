@@ -14,7 +14,7 @@ from mxq.curvature import Curvature, CurvatureFiles, KeepCurvature, joined
 from mxq.models.adapter import ModelAdapter
 from mxq.profiling.measure import measure_curvature
 from mxq.progress import Report, stage
-from mxq.quantizers import Method, quantize_kronecker
+from mxq.quantizers import Method
 from mxq.workspace import CalibrationTokens, Workspace, make_provenance
 
 
@@ -22,7 +22,7 @@ def curvature_files(
     work: Workspace, adapter: ModelAdapter, tokens: CalibrationTokens, method: Method
 ) -> CurvatureFiles | None:
     """Where the moments are; None for a quantizer that makes no use of them."""
-    if method.quantizer is not quantize_kronecker:
+    if not method.reads_gradients:
         return None
 
     def make() -> Provenance:

@@ -2,16 +2,22 @@
 
 from collections.abc import Sequence
 
-from mxq.blocks import LinearBlock
+from mxq.blocks import LinearBlock, piece_sizes
 from mxq.machine import Rates
 from mxq.quantizers.descent import TURNS
 from mxq.quantizers.kronecker import SWEEPS
 
 
 def refine_again(blocks: Sequence[LinearBlock]) -> float:
-    """Operations to refine every block once more under the moments of its gradients."""
-    operations = sum(2.0 * b.weights * (b.in_features + b.out_features) for b in blocks)
-    return SWEEPS * (2.0 + TURNS) * operations
+    """Operations to refine every block once more under the moments of its gradients.
+
+    In each sweep every column passes those of its outputs a number of times, and those of its
+    inputs twice: within its group, and from there to all others.
+    """
+    return SWEEPS * sum(
+        2.0 * b.weights * ((2 + TURNS) * max(piece_sizes(b.out_features)) + 2 * b.in_features)
+        for b in blocks
+    )
 
 
 def one_scheme(blocks: Sequence[LinearBlock], rates: Rates, products: float) -> float:

@@ -280,28 +280,27 @@ def run_measure(
     )
     records = work.records("measure", LayerLosses, provenance)
     gradients = curvature_files(work, adapter, tokens, settings.method)
+    table = None
     if choices is None:
-        found = team.from_lead(
+        table = team.from_lead(
             _Table, lambda: _Table(work.cached("sensitivity", SensitivityTable, provenance))
+        ).table
+    if table is None:
+        table = measure(
+            adapter,
+            tokens.batches(adapter.source.device, work.store),
+            settings,
+            provenance,
+            generator=torch.Generator().manual_seed(0),
+            keep=keeper(work, gradients),
+            progress=stage(report, "measure"),
+            sharing=Sharing(team, records if choices is None else None),
         )
-        if found.table is not None:
-            if team.leads:
-                records.clear()  # a run may have been killed right before it did
-            complete(work, adapter, tokens, gradients, report)
-            return found.table
-    table = measure(
-        adapter,
-        tokens.batches(adapter.source.device, work.store),
-        settings,
-        provenance,
-        generator=torch.Generator().manual_seed(0),
-        keep=keeper(work, gradients),
-        progress=stage(report, "measure"),
-        sharing=Sharing(team, records if choices is None else None),
-    )
+        if team.leads:
+            work.save("sensitivity", table)
     if team.leads:
-        work.save("sensitivity", table)
-        records.clear()
+        records.clear()  # a run may have been killed right before it did
+    complete(work, adapter, tokens, gradients, report)
     return table
 
 

@@ -30,9 +30,10 @@ from mxq.models.adapter import ModelAdapter
 from mxq.models.sweep import BATCH_TOKENS
 from mxq.operations import factors, moments, one_scheme, refine_again
 from mxq.profiling.losses import MeasureSettings
+from mxq.profiling.sensitivity import SENSITIVITY
 from mxq.quantizers.choose import BATCH_BYTES, quantizing_bytes
 from mxq.quantizers.refine import SWEEPS
-from mxq.workspace import CalibrationTokens
+from mxq.workspace import CalibrationTokens, Workspace
 
 LIBRARIES_BYTES = 512 * 2**20
 """Resident memory of Python with torch and transformers, a model of nothing loaded."""
@@ -149,7 +150,10 @@ def check_pack(
     """The same for ``mxq pack`` of a plan of so many bits per weight."""
     fit, heldout = tokens.fit_ids.numel(), tokens.heldout_ids.numel()
     batch = _batch_tokens(fit, tokens.fit_ids.shape[1])
-    settings = measure_settings(adapter, _WITHOUT_GRADIENTS, None)
+    # Losses and gradients are known; what is left of the measuring options is the quantizer.
+    quantizer = Workspace(folder).settings().measure.quantizer
+    settings = measure_settings(adapter, MeasureOptions(quantizer=quantizer), None)
+    settings = replace(settings, sensitivity=SENSITIVITY[_WITHOUT_GRADIENTS.sensitivity])
     work = Workload(fit, heldout, batch, settings, 1, bits, resources.memory_bytes)
     _check(adapter, work, resources, folder, announce, stages=("pack", "measured loss"))
 
@@ -279,7 +283,7 @@ def _memory(sizes: Sizes, work: Workload) -> dict[str, int]:
     largest = max(sizes.layer_elements)
     blocks = [block for layer in sizes.blocks for block in layer]
     widest = max(blocks, key=lambda block: block.weights)
-    one = quantizing_bytes(widest)
+    one = quantizing_bytes(widest, with_gradients=work.settings.method.reads_gradients)
     together = sum(block.expert is not None for block in sizes.blocks[widest.layer])
     quantizing = max(one, min(BATCH_BYTES, together * one))
     # A fused parameter exists a second time while it is merged, up to two thirds of a layer.
@@ -329,8 +333,8 @@ def _disk(sizes: Sizes, work: Workload) -> dict[str, int]:
 
 
 def _gradients(sizes: Sizes, work: Workload) -> dict[str, int]:
-    """Bytes of the second moments of gradients, where the quantizer makes use of them."""
-    if work.settings.method.name != "kronecker":
+    """Bytes of the second moments of gradients, where they are made for the quantizer."""
+    if not (work.settings.method.reads_gradients and work.settings.sensitivity.needs_gradients):
         return {}
     return {"second moments of gradients": sum(map(curvature_bytes, sizes.blocks))}
 
@@ -352,7 +356,7 @@ def _seconds(sizes: Sizes, work: Workload, rates: Rates) -> dict[str, float]:
     operations = factors(blocks) if products else 0.0
     operations += moments(sizes.share, blocks, work.fit_tokens)
     inputs = operations / rates.operations_per_second / work.processes
-    again = refine_again(blocks) if work.settings.method.name == "kronecker" else 0.0
+    again = refine_again(blocks) if work.settings.method.reads_gradients else 0.0
     again /= rates.operations_per_second * work.processes
     # Forward twice and backward once, or forward once; the experts' probes; outputs by scheme.
     runs = (5 if work.settings.sensitivity.needs_gradients else 3) + 2 * len(work.settings.schemes)

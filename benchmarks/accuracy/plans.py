@@ -38,7 +38,12 @@ class Recipe:
     @property
     def method(self) -> Method:
         """The quantizer to measure and to pack with."""
-        return Method(self.quantizer, QUANTIZERS[self.quantizer])
+        return method_of(self.quantizer)
+
+
+def method_of(quantizer: str) -> Method:
+    """A quantizer by its name."""
+    return Method(quantizer, QUANTIZERS[quantizer])
 
 
 OWN: Mapping[str, Recipe] = {
@@ -64,7 +69,7 @@ class Tables:
 
     def curvature(self, recipe: Recipe) -> Mapping[int, Curvature] | None:
         """What is known of gradients by layer, for a quantizer that makes use of them."""
-        if recipe.quantizer != "kronecker":
+        if not recipe.method.reads_gradients:
             return None
         if not self.curvatures:
             bench, draws = self.bench, torch.Generator().manual_seed(self.bench.seed)
@@ -86,13 +91,20 @@ class Tables:
         is_mxmoe = metric == "layer_out"
         schemes = parse_schemes(MXMOE_SCHEMES) if is_mxmoe else default_schemes(widths)
         rotation = "on" if is_mxmoe else "auto"
-        return measure(
-            self.bench.adapter,
-            self.bench.batches,
-            MeasureSettings(schemes, SENSITIVITY[metric], metric, method, rotation),
-            make_provenance("", "", {}),
-            generator=torch.Generator().manual_seed(self.bench.seed),
-        )
+        return measure_table(self.bench, metric, method, schemes, rotation)
+
+
+def measure_table(
+    bench: Bench, metric: str, method: Method, schemes: tuple[Scheme, ...], rotation: str
+) -> SensitivityTable:
+    """The losses of a bench's blocks under some schemes."""
+    return measure(
+        bench.adapter,
+        bench.batches,
+        MeasureSettings(schemes, SENSITIVITY[metric], metric, method, rotation),
+        make_provenance("", "", {}),
+        generator=torch.Generator().manual_seed(bench.seed),
+    )
 
 
 def make_plan(tables: Tables, recipe: Recipe, size: str) -> tuple[Allocation, float]:
@@ -105,7 +117,7 @@ def make_plan(tables: Tables, recipe: Recipe, size: str) -> tuple[Allocation, fl
         return plan, tables.seconds["layer_out", recipe.quantizer]
     if recipe.plan == "mxq":
         # Losses are measured without what gradients say of outputs: as the refined ones.
-        method = OWN["mxq"].method if recipe.quantizer == "kronecker" else recipe.method
+        method = OWN["mxq"].method if recipe.method.reads_gradients else recipe.method
         table = tables.get("fisher", method)
         return allocate(table, bits=bits), tables.seconds["fisher", method.name]
     # Only what a uniform plan is predicted to lose comes of the table; it needs none to be made.

@@ -211,8 +211,8 @@ def _dealt(work: LayerWork, group: Sequence[str]) -> Iterator[tuple[SiteInputs, 
     How a site is cut into parts does not depend on how many processes there are.
     """
     mine: dict[str, list[_Part]] = defaultdict(list)
-    adapter, team = work.job.adapter, work.job.team
-    parts = [(site, part) for site in group for part in _parts(adapter, site)]
+    team = work.job.team
+    parts = [(site, part) for site in group for part in _parts(work.job, site)]
     for place, (site, part) in enumerate(parts):
         if team.takes(place):
             mine[site].append(part)
@@ -222,10 +222,11 @@ def _dealt(work: LayerWork, group: Sequence[str]) -> Iterator[tuple[SiteInputs, 
             yield inputs[site], mine[site]
 
 
-def _parts(adapter: ModelAdapter, site: str) -> list[_Part]:
-    if not is_fused_experts(adapter.module(site)):
+def _parts(job: PackJob, site: str) -> list[_Part]:
+    if not is_fused_experts(job.adapter.module(site)):
         return [None]
-    return list(expert_chunks(adapter.site_blocks(site)))
+    blocks = job.adapter.site_blocks(site)
+    return list(expert_chunks(blocks, with_gradients=job.curvature is not None))
 
 
 def _install(job: PackJob, blocks: Sequence[str], tensors: Mapping[str, Tensor]) -> None:

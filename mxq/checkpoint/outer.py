@@ -2,7 +2,8 @@
 
 The layer's outputs y have second moments of gradients G. A down projection writes to them. An error
 in an output of gate or up passes the activation, whose slope is a, and the down projection D, so
-its moments are ``(D' G D) * E[a a']``, with both factors taken on the expert's own tokens.
+its moments are ``(D' G D) * E[a a']``. G is of all tokens of the layer, the slopes are those of the
+expert's own.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,6 @@ from mxq.models.experts import (
     Experts,
     expert_inner,
     expert_weight,
-    projection_shapes,
     working_linear,
 )
 from mxq.models.probes import ExpertInputs, device_of
@@ -45,25 +45,24 @@ def outer_of_experts(
         return {}
     outer_HH = known[0].to(device_of(module), torch.float32)
     found = [_of_expert(module, one, outer_HH) for one in seen]
-    shapes = projection_shapes(module)
+    inner = {name: torch.stack([moments[name] for moments in found]) for name in found[0]}
+    # The down projections write to one space, so theirs are the same.
+    moments_BNN = {**inner, "down": outer_HH.expand(len(seen), -1, -1)}
     return {
-        name: tuple(
-            torch.stack([moments[name][rows, rows] for moments in found])
-            for rows in row_pieces(shapes[name][0])
-        )
-        for name in shapes
+        name: tuple(whole[:, rows, rows] for rows in row_pieces(whole.shape[-1]))
+        for name, whole in moments_BNN.items()
     }
 
 
 def _of_expert(module: nn.Module, one: ExpertInputs, outer_HH: Tensor) -> dict[str, Tensor]:
+    """Moments at the outputs of gate and up."""
     down_HI = expert_weight(module, one.expert, "down").to(torch.float32)
     passed_II = down_HI.T @ outer_HH @ down_HI
     weight_T = one.gate_T[: one.fit_rows].square()
-    found = {
+    return {
         name: passed_II * second_moments(slope_TI, weight_T)
         for name, slope_TI in _slopes(module, one).items()
     }
-    return {**found, "down": outer_HH}
 
 
 def _slopes(module: nn.Module, one: ExpertInputs) -> dict[str, Tensor]:

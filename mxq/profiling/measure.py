@@ -52,7 +52,7 @@ def measure(  # noqa: PLR0913  (who measures, and who watches, changes no loss)
 
     Each layer is read once for a forward-only metric, twice for one with gradients. Losses are
     made monotone: a scheme that stores more, with inputs at least as exact, never costs more.
-    ``keep`` is given what a metric with gradients finds of every layer's gradients.
+    ``keep``, only for a metric with gradients, is given what is found of every layer's.
 
     Raises:
         ValueError: If a weight or activation is not finite (names the block), or no scheme fits
@@ -67,7 +67,7 @@ def measure(  # noqa: PLR0913  (who measures, and who watches, changes no loss)
     fresh: list[LayerLosses] = []
 
     def on_sites(layer: int, sites: dict[str, SiteInputs], calls: list[LayerCall]) -> None:
-        if keep is not None and backwards:
+        if keep is not None:
             keep(layer, curvature_of(sites, adapter.source.device))
         if layer in done:
             return

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from mxq.blocks import LinearBlock, row_pieces
+from mxq.blocks import LinearBlock, piece_sizes, row_pieces
 from mxq.numerics import (
     QuantizedWeight,
     check_finite,
@@ -127,23 +127,24 @@ class BlockInputs:
     origin_TK: Tensor | None = None
 
 
-def quantizing_bytes(block: LinearBlock) -> int:
+def quantizing_bytes(block: LinearBlock, *, with_gradients: bool = False) -> int:
     """Memory to quantize a block.
 
     Its weights and their copies while they are rounded; Hessian and factor of its inputs as they
-    are and rotated, what a factor is made of, and how the original's inputs differ; moments of its
-    gradients, damped and as correlations.
+    are and rotated, what a factor is made of, and how the original's inputs differ. With gradients
+    also their moments: of two projections that read the same, those in hand, and these damped.
     """
-    outer = sum(
-        len(range(block.out_features)[rows]) ** 2 for rows in row_pieces(block.out_features)
-    )
-    return 4 * (8 * block.weights + 9 * block.in_features**2 + 3 * outer)
+    outer = sum(rows**2 for rows in piece_sizes(block.out_features)) if with_gradients else 0
+    return 4 * (8 * block.weights + 9 * block.in_features**2 + 4 * outer)
 
 
-def expert_chunks(blocks: Sequence[LinearBlock]) -> Iterator[list[int]]:
-    """Experts of a site in groups whose weights and Hessians fit in BATCH_BYTES."""
+def expert_chunks(
+    blocks: Sequence[LinearBlock], *, with_gradients: bool = False
+) -> Iterator[list[int]]:
+    """Experts of a site in groups whose weights and moments fit in BATCH_BYTES."""
     experts = sorted({block.expert for block in blocks if block.expert is not None})
-    step = max(1, BATCH_BYTES // max(quantizing_bytes(block) for block in blocks))
+    largest = max(quantizing_bytes(block, with_gradients=with_gradients) for block in blocks)
+    step = max(1, BATCH_BYTES // largest)
     for start in range(0, len(experts), step):
         yield experts[start : start + step]
 
@@ -249,7 +250,7 @@ def _options(
     own = gptq_on_grid(w_BNK, scheme, grid, batch.inputs.columns)
     if method.quantizer is not quantize_gptq:
         own = refine(w_BNK, own, hessian_BKK)
-    if method.quantizer is quantize_kronecker and batch.outer is not None:
+    if method.reads_gradients and batch.outer is not None:
         own = refine_kronecker(w_BNK, own, hessian_BKK, batch.outer)
     return [(method.name, own), ("rtn", rtn_on_grid(w_BNK, scheme, grid))]
 
@@ -284,11 +285,8 @@ def _squares(batch: BlockBatch, index: int, error_TN: Tensor) -> Tensor:
     """Squared errors of a block's outputs, as much as they count, [T]."""
     if batch.outer is None:
         return error_TN.square().sum(-1)
-    pieces = zip(row_pieces(error_TN.shape[1]), batch.outer, strict=True)
-    return sum(
-        (
-            ((error_TN[:, rows] @ outer_Bnn[index]) * error_TN[:, rows]).sum(-1)
-            for rows, outer_Bnn in pieces
-        ),
-        start=error_TN.new_zeros(len(error_TN)),
-    )
+    total_T = error_TN.new_zeros(len(error_TN))
+    for rows, outer_Bnn in zip(row_pieces(error_TN.shape[1]), batch.outer, strict=True):
+        part_Tn = error_TN[:, rows]
+        total_T += ((part_Tn @ outer_Bnn[index]) * part_Tn).sum(-1)
+    return total_T

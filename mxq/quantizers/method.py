@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mxq.numerics import QuantizedWeight
+from mxq.quantizers.kronecker import quantize_kronecker
 from mxq.scheme import Scheme
 
 Quantizer = Callable[[Tensor, Scheme, Tensor | None], QuantizedWeight]
@@ -18,3 +19,8 @@ class Method:
 
     name: str
     quantizer: Quantizer
+
+    @property
+    def reads_gradients(self) -> bool:
+        """Whether packing makes use of the second moments of the gradients at the outputs."""
+        return self.quantizer is quantize_kronecker

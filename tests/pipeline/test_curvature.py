@@ -9,13 +9,20 @@ from tiny import save_tiny, token_ids
 import mxq
 import mxq.checkpoint.layer as packing
 from mxq.checkpoint.outer import outer_of_experts
-from mxq.config import OutputOptions, ResourceOptions
+from mxq.config import (
+    CalibrationOptions,
+    MeasureOptions,
+    ModelOptions,
+    OutputOptions,
+    ResourceOptions,
+)
 from mxq.models.adapter import ModelAdapter
 from mxq.models.probes import expert_inputs
 from mxq.models.source import open_source
 from mxq.models.sweep import make_batches, sweep_backward, sweep_forward
 from mxq.pipeline import pack_again
-from mxq.workspace import open_workspace
+from mxq.resources import check_pack
+from mxq.workspace import RunSettings, Workspace, make_tokens, open_workspace
 
 TEXT = {"calibration": "demo", "samples": 8, "seqlen": 16}
 PLAN = {"plan": "uniform:w2a16_grow_asym", "effort": "best"}
@@ -165,3 +172,23 @@ def test_packing_without_its_moments_says_what_to_run(model, tmp_path):
     with pytest.raises(ValueError, match="run mxq measure with this work folder again"):
         pack_again(work, OutputOptions(tmp_path / "packed"))
     assert not (tmp_path / "packed").exists()
+
+
+def test_packing_again_states_the_time_of_the_quantizer_in_the_folder(model, tmp_path):
+    stated = {}
+    for quantizer in ("kronecker", "refined"):
+        work = Workspace(tmp_path / quantizer)
+        work.folder.mkdir()
+        measured = MeasureOptions(quantizer=quantizer)
+        work.save("settings", RunSettings(ModelOptions("m"), CalibrationOptions(), measured, ""))
+        check_pack(
+            ModelAdapter(open_source(model)),
+            make_tokens(token_ids(8, 16), token_ids(2, 16)),
+            2.5,
+            work.folder,
+            resources=ResourceOptions(),
+            announce=lambda needs, found, name=quantizer: stated.update({name: needs}),
+        )
+    assert stated["kronecker"].seconds["pack"] > stated["refined"].seconds["pack"]
+    # The moments are there already, and no loss is measured.
+    assert stated["kronecker"].disk_bytes == stated["refined"].disk_bytes
