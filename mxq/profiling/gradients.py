@@ -11,9 +11,6 @@ from mxq.numerics import check_finite
 from mxq.profiling.sensitivity import squares
 from mxq.quantizers.moments import second_moments
 
-TOKENS_PER_OUTPUT = 1.0
-"""Weight of the identity in the shrinkage, in tokens for each output."""
-
 
 def curvature_of(
     sites: Mapping[str, SiteInputs], device: torch.device
@@ -37,15 +34,21 @@ def curvature_of(
 
 
 def _moments(grad_TN: Tensor, device: torch.device) -> Tensor:
-    """Shrunk towards the identity: where few tokens carry the gradients, their moments are noise.
+    """Shrunk towards the identity as far as they are noise (Ledoit and Wolf, 2004).
 
-    As many tokens as would carry the same sum evenly, ``(sum g^2)^2 / sum g^4``, are weighed
-    against ``TOKENS_PER_OUTPUT`` for each output.
+    Where few tokens carry the gradients, other tokens would give other moments: how far off they
+    are is expected from how the ``g g'`` of single tokens scatter, and the identity gets this
+    share of their squared distance from it.
     """
     moments_NN = second_moments(grad_TN, torch.ones(len(grad_TN), device=device))
-    norm_T = squares(grad_TN).to(device)
-    tokens = float(norm_T.sum().square() / norm_T.square().sum().clamp(min=1e-300))
-    share = tokens / (tokens + TOKENS_PER_OUTPUT * len(moments_NN))
-    scaled_NN = moments_NN / moments_NN.diagonal().mean().clamp(min=1e-30)
     eye_NN = torch.eye(len(moments_NN), device=device)
-    return (share * scaled_NN + (1 - share) * eye_NN).half().cpu()
+    mean = float(moments_NN.diagonal().mean())
+    if mean <= 0:
+        return eye_NN.half().cpu()
+    moments_NN /= mean
+    norm_T = squares(grad_TN) / mean
+    size = float(moments_NN.double().square().sum())
+    noise = (float(norm_T.square().mean()) - size) / len(grad_TN)
+    distance = float((moments_NN - eye_NN).double().square().sum())
+    share = min(1.0, max(0.0, noise) / distance) if distance > 0 else 1.0
+    return torch.lerp(moments_NN, eye_NN, share).half().cpu()
