@@ -102,9 +102,10 @@ def quantize(  # noqa: PLR0913  (each option stands alone and has a default)
             what it sets is in ``mxq.config.EFFORTS``.
         quantizer: A name in ``QUANTIZERS``, or a callable ``(w_NK, scheme, hessian_KK | None) ->
             QuantizedWeight``; None is the effort's.
-        target: What blocks are fitted to: "original", their outputs in the original model, or
-            "local", those of their own weights on the inputs that quantized layers give; None is
-            the effort's.
+        target: What blocks are fitted to: "original", their outputs in the original model,
+            "stream", those and what the residual stream that they are added to is off, or "local",
+            the outputs of their own weights on the inputs that quantized layers give; None is the
+            effort's.
         rotation: "auto" rotates the inputs of a layer where that measures better; "on", "off".
         granularity: What shares a scheme: "block", "expert", "projection" or "layer".
         tie_gate_up: One scheme for the gate and up projections of an expert.

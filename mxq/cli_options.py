@@ -139,9 +139,10 @@ Target = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="What blocks are fitted to: original (their outputs in the original model) or local "
-        "(those of their own weights, on inputs from quantized layers).",
-        show_default="original; local if fast",
+        help="What blocks are fitted to: stream (their outputs in the original model, and what "
+        "the residual stream is off), original (those outputs alone) or local (those of their own "
+        "weights, on inputs from quantized layers).",
+        show_default="stream; local if fast",
         rich_help_panel=MEASURING,
     ),
 ]

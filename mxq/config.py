@@ -15,12 +15,12 @@ SCOPES = ("auto", "experts", "all")
 ROTATIONS = ("auto", "on", "off")
 GRANULARITIES = ("block", "expert", "projection", "layer")
 OBJECTIVES = ("loss", "mxmoe")
-TARGETS = ("original", "local")
+TARGETS = ("stream", "original", "local")
 PINS = ("auto", "off")
 EFFORTS: Mapping[str, tuple[str, str]] = {
     "fast": ("gptq", "local"),
-    "balanced": ("refined", "original"),
-    "best": ("kronecker", "original"),
+    "balanced": ("refined", "stream"),
+    "best": ("kronecker", "stream"),
 }
 """Quantizer and target by effort: how much time accuracy is worth."""
 
@@ -89,8 +89,9 @@ class MeasureOptions:
 
     ``schemes`` empty means the default candidates, fitted to the model's dimensions. Projections
     in ``by_projection`` ("down", "q_proj") have candidates of their own instead. ``target`` is what
-    blocks are fitted to when they are packed: "original", their outputs in the original model, or
-    "local", what their own weights make of the inputs that quantized layers give.
+    blocks are fitted to when they are packed: "local", what their own weights make of the inputs
+    that quantized layers give, "original", their outputs in the original model, or "stream", those
+    and what the residual stream that they are added to is off.
     """
 
     schemes: tuple[Scheme, ...] = ()
@@ -98,7 +99,7 @@ class MeasureOptions:
     quantizer: str = "refined"
     rotation: str = "auto"
     by_projection: Mapping[str, tuple[Scheme, ...]] = field(default_factory=dict)
-    target: str = "original"
+    target: str = "stream"
 
     def __post_init__(self) -> None:
         """Raise ValueError for a rotation or a target that does not exist."""

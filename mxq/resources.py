@@ -313,10 +313,13 @@ def _activations(sizes: Sizes, work: Workload) -> tuple[int, int]:
 
 
 def _activation_widths(sizes: Sizes, layer: int) -> int:
-    """Summed widths of the inputs of a layer's sites; the experts of a layer share one."""
+    """Summed widths of the inputs of a layer's sites, and of the stream that they write to.
+
+    The experts of a layer share one input.
+    """
     linears = sum(block.in_features for block in sizes.blocks[layer] if block.expert is None)
     routed = any(block.expert is not None for block in sizes.blocks[layer])
-    return linears + (sizes.hidden if routed else 0)
+    return linears + sizes.hidden * (2 if routed else 1)
 
 
 def _disk(sizes: Sizes, work: Workload) -> dict[str, int]:

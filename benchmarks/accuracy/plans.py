@@ -52,8 +52,8 @@ OWN: Mapping[str, Recipe] = {
     "gptq-rotated": Recipe("uniform-rotated", "gptq", "local"),
     "mxmoe": Recipe("mxmoe", "gptq", "local"),
     "mxq-fast": Recipe("mxq", "gptq", "local"),
-    "mxq": Recipe("mxq", "refined", "original"),
-    "mxq-best": Recipe("mxq", "kronecker", "original"),
+    "mxq": Recipe("mxq", "refined", "stream"),
+    "mxq-best": Recipe("mxq", "kronecker", "stream"),
 }
 """Rows that mxq makes; ``mxq`` is what it does when nothing is said."""
 

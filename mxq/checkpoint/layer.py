@@ -7,32 +7,26 @@ up projections give. What shares an input is also what several processes deal ou
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from mxq.artifacts import Allocation
 from mxq.checkpoint.expert_choices import ExpertChoices, count_kept, sum_sites
+from mxq.checkpoint.inputs import Stream, groups_by_input, inputs_of_sites, stream_of
 from mxq.checkpoint.outer import Outer, outer_of_experts, outer_of_linear
 from mxq.checkpoint.tensors import from_tensors, tensor_shapes, to_tensors
-from mxq.curvature import Curvature
-from mxq.distributed import Team
-from mxq.models.activations import ActivationStore
-from mxq.models.adapter import Capture, ModelAdapter
+from mxq.checkpoint.work import LayerWork, PackJob
 from mxq.models.experts import expert_count, is_fused_experts, projection_shapes
-from mxq.models.lockstep import LayerCall
 from mxq.models.probes import (
-    Captures,
+    ExpertInputs,
     Probe,
     SiteInputs,
     device_of,
     expert_inputs,
     linear_probe,
 )
-from mxq.models.sweep import Batches
 from mxq.quantizers.choose import (
     BatchInputs,
     BlockInputs,
@@ -42,44 +36,9 @@ from mxq.quantizers.choose import (
     make_inputs,
     quantize_batch,
 )
-from mxq.quantizers.method import Method
 from mxq.quantizers.moments import second_moments
+from mxq.quantizers.target import Deviation
 from mxq.scheme import Scheme
-
-
-@dataclass(frozen=True, slots=True)
-class PackJob:
-    """The unchanging arguments of one packing run.
-
-    ``target`` is what blocks are fitted to, one of ``mxq.config.TARGETS``. ``curvature`` gives what
-    is known of the gradients of a layer's sites, None where nothing is.
-    """
-
-    adapter: ModelAdapter
-    allocation: Allocation
-    method: Method
-    batches: Batches
-    team: Team
-    target: str
-    curvature: Callable[[int], Curvature] | None = None
-
-    @property
-    def fit_tokens(self) -> int:
-        """Tokens that may be fitted to."""
-        return self.batches.fit_tokens
-
-    @property
-    def store(self) -> ActivationStore:
-        """Where activations are kept."""
-        return self.batches.store
-
-    def curvature_of(self, layer: int) -> Curvature:
-        """What is known of the gradients of a layer's sites; every process asks for it."""
-        return {} if self.curvature is None else self.curvature(layer)
-
-    def rotated(self, layer: int) -> bool:
-        """Whether the layer's block inputs are rotated."""
-        return layer in self.allocation.rotated_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,21 +53,6 @@ class QuantizedLayer:
     quantizers: Mapping[str, int]
     unrouted: tuple[str, ...]
     expert_choices: ExpertChoices | None
-
-
-@dataclass(frozen=True, slots=True)
-class LayerWork:
-    """A loaded layer that is to be quantized, and its calls.
-
-    ``origins`` are the inputs that its sites have in the original model, where blocks are fitted to
-    that; else it is empty. ``curvature`` is of the sites whose gradients are known.
-    """
-
-    job: PackJob
-    layer: int
-    calls: Sequence[LayerCall]
-    origins: Mapping[str, SiteInputs]
-    curvature: Curvature
 
 
 @dataclass(slots=True)
@@ -138,10 +82,7 @@ def quantize_layer(work: LayerWork) -> QuantizedLayer:
         ValueError: If the layer runs without one of its sites, or values are not finite.
     """
     job, layer = work.job, work.layer
-    seen: dict[str, Capture] = {}
-    _record(job.adapter, layer, work.calls[0], job.adapter.layer_sites(layer), seen.setdefault)
-    groups = _groups_by_input(seen)
-    seen.clear()
+    groups = groups_by_input(job.adapter, layer, work.calls[0])
     tensors: dict[str, Tensor] = {}
     quantizers: dict[str, str] = {}
     unrouted: set[str] = set()
@@ -179,18 +120,18 @@ def block_tensors(job: PackJob, layer: int, tensors: Mapping[str, Tensor]) -> di
 def _share_group(work: LayerWork, group: Sequence[str]) -> list[_Found]:
     """Quantize the sites of one input, each process its part; every process installs all."""
     job, mine = work.job, _Found()
-    known: dict[int, BatchInputs] = {}
-    for inputs, parts in _dealt(work, group):
+    known: dict[tuple[int, str], BatchInputs] = {}
+    for inputs, parts, stream in _dealt(work, group):
         if parts == [None]:
             # Linears that read the same tensor are of this group; what is known of it is shared.
-            place = id(inputs.x_TK)
+            place = id(inputs.x_TK), "" if stream is None else inputs.site
             if place not in known:
-                known[place] = _known_of_linear(work, inputs)
+                known[place] = _known_of_linear(work, inputs, stream)
             outer = outer_of_linear(job.adapter.module(inputs.site), work.curvature, inputs.site)
             mine.take(job, _quantize_blocks(job, [inputs.site], known[place], outer))
         else:
             mine.choices |= _choices_of(work, inputs)
-            mine.take(job, _quantize_experts(work, inputs, parts, mine.unrouted))
+            mine.take(job, _quantize_experts(work, inputs, parts, stream, mine))
     note = json.dumps([mine.quantizers, mine.unrouted, mine.choices])
     found = []
     for rank, (text, tensors) in enumerate(job.team.exchange_tensors(note, mine.tensors)):
@@ -205,8 +146,10 @@ _Part = list[int] | None
 """Experts that are quantized together; None stands for a plain linear."""
 
 
-def _dealt(work: LayerWork, group: Sequence[str]) -> Iterator[tuple[SiteInputs, list[_Part]]]:
-    """The inputs of each site of which this process has parts, with those parts.
+def _dealt(
+    work: LayerWork, group: Sequence[str]
+) -> Iterator[tuple[SiteInputs, list[_Part], Stream | None]]:
+    """The inputs of each site of which this process has parts, with those and where it writes to.
 
     How a site is cut into parts does not depend on how many processes there are.
     """
@@ -217,9 +160,9 @@ def _dealt(work: LayerWork, group: Sequence[str]) -> Iterator[tuple[SiteInputs, 
         if team.takes(place):
             mine[site].append(part)
     if mine:
-        inputs = _inputs_of_sites(work.job, work.layer, work.calls, list(mine))
-        for site in inputs:
-            yield inputs[site], mine[site]
+        inputs = inputs_of_sites(work, list(mine))
+        for site in mine:
+            yield inputs[site], mine[site], stream_of(work, inputs, site)
 
 
 def _parts(job: PackJob, site: str) -> list[_Part]:
@@ -246,22 +189,6 @@ def _suffixes(job: PackJob, name: str) -> Sequence[str]:
     return tuple(tensor_shapes(scheme, block.out_features, block.in_features))
 
 
-def _inputs_of_sites(
-    job: PackJob, layer: int, calls: Sequence[LayerCall], sites: Sequence[str]
-) -> dict[str, SiteInputs]:
-    """What the sites read over all batches, with the layer as it is now."""
-    captures = Captures(job.store)
-
-    def keep(_: str, capture: Capture) -> None:
-        captures.add(capture)
-
-    for call in calls:
-        _record(job.adapter, layer, call, sites, keep)
-        captures.end_batch()
-        job.store.release(call.hidden)
-    return captures.join(job.fit_tokens)
-
-
 def _choices_of(work: LayerWork, inputs: SiteInputs) -> dict[str, tuple[int, int]]:
     """What is kept of the original's choices on held-out tokens; empty where it is not beside."""
     origin = work.origins.get(inputs.site)
@@ -274,16 +201,21 @@ def _choices_of(work: LayerWork, inputs: SiteInputs) -> dict[str, tuple[int, int
     return {inputs.site: count_kept(inputs.index_TR[held], origin.index_TR[held], experts)}
 
 
-def _known_of_linear(work: LayerWork, inputs: SiteInputs) -> BatchInputs:
+def _known_of_linear(work: LayerWork, inputs: SiteInputs, stream: Stream | None) -> BatchInputs:
     probe = linear_probe(work.job.adapter.module(inputs.site), inputs, with_output=False)
     origin = work.origins.get(inputs.site)
-    return _known_of(work, [probe], None, None if origin is None else [origin.x_TK])
+    found = None if origin is None else [origin.x_TK]
+    return _known_of(work, [probe], None, found, None if stream is None else [stream.lack])
 
 
 def _quantize_experts(
-    work: LayerWork, inputs: SiteInputs, parts: Sequence[_Part], unrouted: list[str]
+    work: LayerWork,
+    inputs: SiteInputs,
+    parts: Sequence[_Part],
+    stream: Stream | None,
+    found: _Found,
 ) -> Iterator[Candidate]:
-    """Quantize some experts of a site; those without tokens are added to ``unrouted``."""
+    """Quantize some experts of a site; those without tokens are added to what was found."""
     job = work.job
     module, origin = job.adapter.module(inputs.site), work.origins.get(inputs.site)
     fit = inputs.x_TK[: job.fit_tokens]
@@ -306,10 +238,14 @@ def _quantize_experts(
             yield from _quantize_blocks(job, blocks, known, costs.get(name))
         # They are in place now: the inner activation is that of the quantized expert.
         probes = [one.probe("down") for one in seen]
-        unrouted.extend(_expert_of(probe.block) for probe in probes if probe.tokens == 0)
+        found.unrouted.extend(_expert_of(probe.block) for probe in probes if probe.tokens == 0)
         blocks = [probe.block for probe in probes]
-        known = _known_of(work, probes, None, inner)
+        known = _known_of(work, probes, None, inner, _lacks(stream, seen))
         yield from _quantize_blocks(job, blocks, known, costs.get("down"))
+
+
+def _lacks(stream: Stream | None, seen: Sequence[ExpertInputs]) -> list[Deviation] | None:
+    return None if stream is None else [stream.lack_of(one) for one in seen]
 
 
 def _known_of(
@@ -317,15 +253,17 @@ def _known_of(
     probes: Sequence[Probe],
     prior_KK: Tensor | None,
     origins: Sequence[Tensor] | None,
+    lacks: Sequence[Deviation] | None = None,
 ) -> BatchInputs:
     """What there is to know of the probes' inputs, in the frame of their layer.
 
-    ``origins`` are what the original model has in place of each probe's input.
+    ``origins`` are what the original model has in place of each probe's input, ``lacks`` what
+    each is to put out besides.
     """
-    found = [None] * len(probes) if origins is None else origins
+    nothing = [None] * len(probes)
     blocks = [
-        BlockInputs(p.block, p.x_TK, p.gate_T, p.fit_rows, x_TK)
-        for p, x_TK in zip(probes, found, strict=True)
+        BlockInputs(p.block, p.x_TK, p.gate_T, p.fit_rows, x_TK, lack)
+        for p, x_TK, lack in zip(probes, origins or nothing, lacks or nothing, strict=True)
     ]
     known = make_inputs(blocks, prior_KK)
     return known.turned if work.job.rotated(work.layer) else known
@@ -355,45 +293,3 @@ def _expert_of(block: str) -> str:
 
 def _sibling(block: str, projection: str) -> str:
     return f"{_expert_of(block)}.{projection}"
-
-
-class _AllSeen(BaseException):
-    """Ends a layer's forward once the wanted inputs are known; nothing after them is needed."""
-
-
-def _record(
-    adapter: ModelAdapter,
-    layer: int,
-    call: LayerCall,
-    wanted: Sequence[str],
-    keep: Callable[[str, Capture], object],
-) -> None:
-    """Give what the wanted sites of a layer read, as the layer is now, to ``keep``.
-
-    Raises:
-        ValueError: If the layer runs without one of them.
-    """
-    missing = set(wanted)
-
-    def sink(capture: Capture) -> None:
-        if capture.site in missing:
-            missing.discard(capture.site)
-            keep(capture.site, capture)
-        if not missing:
-            raise _AllSeen
-
-    with adapter.recording(layer, sink, inputs_only=True), suppress(_AllSeen):
-        call.run()
-    if missing:
-        raise ValueError(
-            f"layer {layer} runs without {sorted(missing)[0]}, so nothing is known of its inputs; "
-            "keep it in its type with --keep"
-        )
-
-
-def _groups_by_input(seen: Mapping[str, Capture]) -> list[list[str]]:
-    """Sites in order of computation, those that read the same tensor together."""
-    groups: dict[int, list[str]] = {}
-    for site, capture in seen.items():
-        groups.setdefault(capture.x_TK.untyped_storage().data_ptr(), []).append(site)
-    return list(groups.values())

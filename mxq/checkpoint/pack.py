@@ -10,7 +10,7 @@ that was stopped.
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,13 +20,8 @@ from torch import Tensor, nn
 
 from mxq.artifacts import Allocation, Provenance
 from mxq.checkpoint.expert_choices import ExpertChoices
-from mxq.checkpoint.layer import (
-    LayerWork,
-    PackJob,
-    block_tensors,
-    install_layer,
-    quantize_layer,
-)
+from mxq.checkpoint.layer import block_tensors, install_layer, quantize_layer
+from mxq.checkpoint.work import LayerWork, PackJob
 from mxq.checkpoint.writer import CheckpointWriter, shard_file
 from mxq.counted import counted
 from mxq.curvature import Curvature
@@ -34,7 +29,8 @@ from mxq.distributed import Team
 from mxq.models.adapter import Capture, ModelAdapter
 from mxq.models.experts import expert_bias
 from mxq.models.lockstep import LayerCall, run_calls, run_in_lockstep
-from mxq.models.probes import Captures, SiteInputs
+from mxq.models.probes import Captures
+from mxq.models.residual import find_residual
 from mxq.models.source import file_digest
 from mxq.models.sweep import Batches, OnProgress
 from mxq.quantizers.method import Method
@@ -49,8 +45,8 @@ log = logging.getLogger("mxq")
 class PackReport:
     """What was written: bytes of all tensors, and how many blocks each quantizer won.
 
-    ``expert_choices`` are by layer; empty where they are not known: with another target than the
-    original, without experts or held-out tokens, and in a record of an mxq that did not count them.
+    ``expert_choices`` are by layer; empty where they are not known: with the target local, without
+    experts or held-out tokens, and in a record of an mxq that did not count them.
     """
 
     tensor_bytes: int
@@ -93,7 +89,7 @@ def pack(  # noqa: PLR0913  (who packs, and who watches, changes no byte)
     folder: Path,
     *,
     method: Method,
-    target: str = "original",
+    target: str = "stream",
     curvature: Callable[[int], Curvature] | None = None,
     progress: OnProgress | None = None,
     sharing: PackSharing | None = None,
@@ -114,20 +110,19 @@ def pack(  # noqa: PLR0913  (who packs, and who watches, changes no byte)
     source = adapter.source
     layers = range(len(source.layers))
 
-    beside = len(batches.tokens) if target == "original" else 0
+    beside = 0 if target == "local" else len(batches.tokens)
 
     def on_layer(layer: int, calls: list[LayerCall]) -> list[object]:
         source.load_layer(layer)
         try:
             with torch.no_grad():
-                outputs, origins = _pass_original(job, layer, calls[:beside], layer not in done)
-                own = calls[beside:]
                 if layer in done:
+                    outputs = run_calls(calls[:beside], batches.store)
                     _reinstall(job, layer, folder)
                 else:
-                    work = LayerWork(job, layer, own, origins, job.curvature_of(layer))
+                    outputs, work = _observe(job, layer, calls, beside)
                     done[layer] = _pack_layer(work, writer, sharing)
-                outputs += run_calls(own, batches.store)
+                outputs += run_calls(calls[beside:], batches.store)
         finally:
             adapter.uninstall(layer)
             source.free_layer(layer)
@@ -173,22 +168,30 @@ def _reinstall(job: PackJob, layer: int, folder: Path) -> None:
     install_layer(job, layer, job.team.exchange_tensors("", stored)[0][1])
 
 
-def _pass_original(
-    job: PackJob, layer: int, calls: Sequence[LayerCall], is_recorded: bool
-) -> tuple[list[object], dict[str, SiteInputs]]:
-    """Outputs of a layer that has its own weights, and what its sites read where that is wanted."""
+def _observe(
+    job: PackJob, layer: int, calls: Sequence[LayerCall], beside: int
+) -> tuple[list[object], LayerWork]:
+    """Outputs of the first calls of a layer that has its own weights, and the work on the others.
+
+    What the sites read in those calls, and the residual stream under its own name, is what the
+    original model has in place of what they read later.
+    """
+    residual = find_residual(job.adapter, layer, calls[0]) if job.target == "stream" else None
     captures = Captures(job.store)
     outputs: list[object] = []
 
     def sink(capture: Capture) -> None:
         captures.add(capture)
 
-    for call in calls:
-        watched = job.adapter.recording(layer, sink, inputs_only=True)
-        with watched if is_recorded else nullcontext():
+    for call in calls[:beside]:
+        with ExitStack() as undo:
+            undo.enter_context(job.adapter.recording(layer, sink, inputs_only=True))
+            if residual is not None:
+                undo.enter_context(residual.recording(sink))
             outputs += run_calls([call], job.store)
         captures.end_batch()
-    return outputs, captures.join(job.fit_tokens)
+    origins, known = captures.join(job.fit_tokens), job.curvature_of(layer)
+    return outputs, LayerWork(job, layer, calls[beside:], origins, known, residual)
 
 
 def _pack_layer(

@@ -1,7 +1,7 @@
 """Quantize blocks of one shape together and keep, for each, what does best on held-out inputs."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -23,7 +23,7 @@ from mxq.quantizers.method import Method
 from mxq.quantizers.moments import isotropic, own_share, rotate_moments, second_moments, shrink
 from mxq.quantizers.refine import quantize_refined, refine
 from mxq.quantizers.rtn import find_grid, quantize_rtn, rtn_on_grid
-from mxq.quantizers.target import regress_shift, trusted_share
+from mxq.quantizers.target import DAMPING, STREAM_DAMPING, Deviation, regress, trusted_share
 from mxq.scheme import Scheme
 
 MIN_HELDOUT_ROWS = 8
@@ -39,14 +39,16 @@ class BatchInputs:
 
     ``hessian_BKK`` are second moments; ``judges`` are, for each block, the inputs and squared
     routing weights on which quantizers are compared. ``shift_BKK``, in the unrotated frame, says
-    how the original model's inputs differ (``mxq.quantizers.target``). ``part_of`` names the larger
-    batch, and the places in it, of which this is a part.
+    how the original model's inputs differ (``mxq.quantizers.target``), and ``lack_BNK`` what
+    the weights are to put out besides. ``part_of`` names the larger batch, and the places in it, of
+    which this is a part.
     """
 
     hessian_BKK: Tensor
     judges: tuple[tuple[Tensor, Tensor], ...]
     rotated: bool = False
     shift_BKK: Tensor | None = None
+    lack_BNK: Tensor | None = None
     part_of: "tuple[BatchInputs, list[int]] | None" = None
 
     @cached_property
@@ -62,7 +64,7 @@ class BatchInputs:
         """The same inputs rotated."""
         judges = tuple((rotate(x_TK), weight_T) for x_TK, weight_T in self.judges)
         turned_BKK = rotate_moments(self.hessian_BKK)
-        return BatchInputs(turned_BKK, judges, rotated=True, shift_BKK=self.shift_BKK)
+        return replace(self, hessian_BKK=turned_BKK, judges=judges, rotated=True, part_of=None)
 
     def select(self, places: list[int]) -> "BatchInputs":
         """Those of some of the blocks."""
@@ -71,7 +73,9 @@ class BatchInputs:
         judges = tuple(self.judges[place] for place in places)
         hessian_BKK = take(self.hessian_BKK, places)
         shift_BKK = None if self.shift_BKK is None else take(self.shift_BKK, places)
-        return BatchInputs(hessian_BKK, judges, self.rotated, shift_BKK, (self, places))
+        lack_BNK = None if self.lack_BNK is None else take(self.lack_BNK, places)
+        part_of = self, places
+        return BatchInputs(hessian_BKK, judges, self.rotated, shift_BKK, lack_BNK, part_of)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +122,7 @@ class BlockInputs:
     """Inputs of one block, or of several that read the same; ``fit_rows`` come first.
 
     ``origin_TK`` is what the original model has in their place, None to fit to these alone.
+    ``lack`` is what the block is to put out besides, None where it has only its own part.
     """
 
     name: str
@@ -125,6 +130,7 @@ class BlockInputs:
     gate_T: Tensor
     fit_rows: int
     origin_TK: Tensor | None = None
+    lack: Deviation | None = None
 
 
 def quantizing_bytes(block: LinearBlock, *, with_gradients: bool = False) -> int:
@@ -159,7 +165,7 @@ def make_inputs(blocks: Sequence[BlockInputs], prior_KK: Tensor | None) -> Batch
     Raises:
         ValueError: If an input is NaN or infinite; names the block.
     """
-    hessians, judges, shifts = [], [], []
+    hessians, judges, shifts, lacks = [], [], [], []
     for block in blocks:
         check_finite(block.x_TK, f"inputs of {block.name}")
         weight_T = block.gate_T.to(torch.float32).square()
@@ -168,25 +174,32 @@ def make_inputs(blocks: Sequence[BlockInputs], prior_KK: Tensor | None) -> Batch
         hessians.append(shrink(own, block.fit_rows, prior))
         if block.origin_TK is not None:
             check_finite(block.origin_TK, f"inputs of {block.name} in the original model")
-            shifts.append(_shift(block, block.origin_TK, weight_T, hessians[-1]))
+            shift = Deviation(block.x_TK, block.origin_TK)
+            shifts.append(_regressed(block, shift, weight_T, hessians[-1], DAMPING))
+        if block.lack is not None:
+            lacks.append(_regressed(block, block.lack, weight_T, hessians[-1], STREAM_DAMPING))
         start = block.fit_rows if _has_heldout(block) else 0
         judges.append((block.x_TK[start:].to(torch.float32), weight_T[start:]))
     shift_BKK = torch.stack(shifts) if shifts else None
-    return BatchInputs(torch.stack(hessians), tuple(judges), shift_BKK=shift_BKK)
+    lack_BNK = torch.stack(lacks) if lacks else None
+    return BatchInputs(torch.stack(hessians), tuple(judges), shift_BKK=shift_BKK, lack_BNK=lack_BNK)
 
 
 def _has_heldout(block: BlockInputs) -> bool:
     return len(block.x_TK) - block.fit_rows >= MIN_HELDOUT_ROWS
 
 
-def _shift(block: BlockInputs, origin_TK: Tensor, weight_T: Tensor, hessian_KK: Tensor) -> Tensor:
-    """How the original model's inputs differ, as far as held-out tokens confirm it."""
+def _regressed(
+    block: BlockInputs, wanted: Deviation, weight_T: Tensor, hessian_KK: Tensor, damping: float
+) -> Tensor:
+    """What the block's inputs say of a deviation, as far as held-out tokens confirm it, [N, K]."""
     fit, held = slice(block.fit_rows), slice(block.fit_rows, None)
     if not _has_heldout(block):
-        return torch.zeros_like(hessian_KK)
-    share = own_share(block.fit_rows, len(hessian_KK))
-    shift_KK = regress_shift(block.x_TK[fit], origin_TK[fit], weight_T[fit], hessian_KK, share)
-    return shift_KK * trusted_share(shift_KK, block.x_TK[held], origin_TK[held], weight_T[held])
+        return hessian_KK.new_zeros(wanted.now_TN.shape[1], len(hessian_KK))
+    share, own = own_share(block.fit_rows, len(hessian_KK)), wanted.select(fit)
+    found_NK = regress(block.x_TK[fit], own, weight_T[fit], hessian_KK, share, damping)
+    trusted = trusted_share(found_NK, block.x_TK[held], wanted.select(held), weight_T[held])
+    return found_NK * trusted
 
 
 def make_batch(
@@ -205,7 +218,9 @@ def make_batch(
     plain_BNK = torch.stack([w_NK.to(torch.float32) for w_NK in weights])
     w_BNK = plain_BNK
     if inputs.shift_BKK is not None:
-        w_BNK = plain_BNK + plain_BNK @ inputs.shift_BKK
+        w_BNK = w_BNK + plain_BNK @ inputs.shift_BKK
+    if inputs.lack_BNK is not None:
+        w_BNK = w_BNK + inputs.lack_BNK
     w_BNK = rotate(w_BNK) if inputs.rotated else w_BNK
     known = None if outer is None else tuple(outer)
     return BlockBatch(tuple(names), w_BNK, inputs, plain_BNK, known)

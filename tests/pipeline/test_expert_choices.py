@@ -171,7 +171,7 @@ def test_a_row_of_the_benchmark_has_the_share_of_a_dense_model(model, tmp_path):
     reference = judge.answers(judge.dense_model(bench), texts)
     plan = make_allocation(adapter, {block.name: COARSE for block in adapter.blocks()})
     method = Method("rtn", quantize_rtn)
-    row = judge.judge_plan(bench, plan, judge.Packing(method, "original"), reference)
+    row = judge.judge_plan(bench, plan, judge.Packing(method, "stream"), reference)
     pack(adapter, bench.batches, plan, tmp_path / "out", method=method)
     now, original = routed(tmp_path / "out", HELD), routed(model, HELD)
     shares = [

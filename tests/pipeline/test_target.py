@@ -143,7 +143,7 @@ def test_blocks_are_fitted_to_what_they_read_in_the_checkpoint(
 @pytest.mark.parametrize(
     ("options", "target", "quantizer"),
     [
-        ({}, "original", "refined"),
+        ({}, "stream", "refined"),
         ({"effort": "fast"}, "local", "gptq"),
         ({"effort": "fast", "target": "original"}, "original", "gptq"),
         ({"target": "local", "quantizer": "rtn"}, "local", "rtn"),

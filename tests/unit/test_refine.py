@@ -6,7 +6,7 @@ import torch
 from mxq.numerics import QuantizedWeight, dequantize, rotate
 from mxq.quantizers import Method, quantize_gptq, quantize_refined, quantize_rtn, refine
 from mxq.quantizers.choose import BlockInputs, make_batch, make_inputs, quantize_batch
-from mxq.quantizers.target import regress_shift, trusted_share
+from mxq.quantizers.target import Deviation, regress, trusted_share
 from mxq.scheme import Scheme
 
 ROW2, GROUP2 = Scheme.parse("w2a16_grow_asym"), Scheme.parse("w2a16_g64_asym")
@@ -195,10 +195,10 @@ def test_the_regression_finds_how_inputs_differ():
     x_TK, origin_TK, a_KK = shifted()
     gate_T = random(len(x_TK), seed=5).square()
     moments_KK = (x_TK * gate_T[:, None]).T @ x_TK / gate_T.sum()
-    found_KK = regress_shift(x_TK, origin_TK, gate_T, moments_KK, 1.0)
+    found_KK = regress(x_TK, Deviation(x_TK, origin_TK), gate_T, moments_KK, 1.0)
     # Damped by 1 %.
     torch.testing.assert_close(found_KK, a_KK / 1.01, rtol=0.02, atol=0.005)
-    half_KK = regress_shift(x_TK, origin_TK, gate_T, moments_KK, 0.5)
+    half_KK = regress(x_TK, Deviation(x_TK, origin_TK), gate_T, moments_KK, 0.5)
     torch.testing.assert_close(half_KK, found_KK / 2)
 
 
@@ -207,26 +207,28 @@ def test_the_regression_weighs_tokens():
     origin_TK = torch.tensor([[2.0, 0.0], [4.0, 0.0]])
     # Differences 1 and 3 with weights 3 and 1: mean 1.5.
     moments_KK = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    found_KK = regress_shift(x_TK, origin_TK, torch.tensor([3.0, 1.0]), moments_KK, 1.0)
+    found_KK = regress(x_TK, Deviation(x_TK, origin_TK), torch.tensor([3.0, 1.0]), moments_KK, 1.0)
     assert found_KK[0, 0].item() == pytest.approx(1.5 / 1.01)
 
 
 def test_without_tokens_nothing_differs():
     nothing = torch.zeros(0, 4)
-    assert not regress_shift(nothing, nothing, torch.zeros(0), torch.eye(4), 0.0).any()
+    assert not regress(
+        nothing, Deviation(nothing, nothing), torch.zeros(0), torch.eye(4), 0.0
+    ).any()
 
 
 @pytest.mark.parametrize(("factor", "share"), [(1.0, 1.0), (0.25, 0.25), (-1.0, 0.0), (3.0, 1.0)])
 def test_a_shift_is_trusted_as_far_as_it_is_confirmed(factor, share):
     x_TK, _, a_KK = shifted()
     origin_TK = x_TK + factor * (x_TK @ a_KK.T)
-    found = trusted_share(a_KK, x_TK, origin_TK, torch.ones(len(x_TK)))
+    found = trusted_share(a_KK, x_TK, Deviation(x_TK, origin_TK), torch.ones(len(x_TK)))
     assert found == pytest.approx(share, abs=1e-5)
 
 
 def test_a_shift_of_nothing_is_not_trusted():
     x_TK = random(10, 4)
-    assert trusted_share(torch.zeros(4, 4), x_TK, x_TK, torch.ones(10)) == 0.0
+    assert trusted_share(torch.zeros(4, 4), x_TK, Deviation(x_TK, x_TK), torch.ones(10)) == 0.0
 
 
 def test_a_block_is_fitted_to_its_output_on_the_originals_inputs():
