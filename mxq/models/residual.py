@@ -123,7 +123,8 @@ def _last_read(
 
 def _factors(added_TH: Tensor, written: Mapping[str, Tensor]) -> dict[str, float]:
     """The number that each site's output is added with; empty where that is not all there is."""
-    if not written:
+    known = all(states.isfinite().all() for states in (added_TH, *written.values()))
+    if not written or not known:
         return {}
     outputs_THS = torch.stack(list(written.values()), -1)
     found_TS = torch.linalg.lstsq(outputs_THS, added_TH[..., None], driver="gelsd").solution[..., 0]

@@ -37,7 +37,7 @@ def packed(model, folder, target, *, scope="all", method="gptq", scheme=COARSE, 
 
 
 def seen(model):
-    """``{block: inputs}`` of plain linears and the experts' common input, by transformers alone."""
+    """``{module: inputs}`` of linears, norms and experts, by transformers alone."""
     whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     found = {}
 
@@ -45,7 +45,8 @@ def seen(model):
         return lambda module, inputs: found.setdefault(name, []).append(inputs[0].flatten(0, -2))
 
     for name, module in whole.named_modules():
-        if isinstance(module, (torch.nn.Linear, MxqLinear)) or name.endswith("mlp.experts"):
+        kinds = (torch.nn.Linear, MxqLinear)
+        if isinstance(module, kinds) or name.endswith(("mlp.experts", "_layernorm")):
             module.register_forward_pre_hook(keep(name))
     with torch.no_grad():
         for rows in torch.split(torch.cat([IDS, HELD]), 8):
@@ -95,6 +96,55 @@ def test_experts_are_fitted_to_what_the_original_reads_for_their_tokens(model, t
         gate_TI, up_TI = (outer @ experts.gate_up_proj[expert].T).chunk(2, -1)
         inner = asked[f"layers.1.experts.{expert}.down"].origin_TK
         close(inner, (torch.nn.functional.silu(gate_TI) * up_TI).detach())
+
+
+def test_experts_together_lack_what_the_stream_is_off(model, tmp_path, asked):
+    folder = packed(model, tmp_path / "out", "stream")
+    norm = "model.layers.1.post_attention_layernorm"
+    wanted_TN = seen(model)[norm] - seen(folder)[norm]
+    assert wanted_TN.norm() > 0.01
+    # Each token's sum over its experts, by their weights; rows are those of the common input.
+    exact = "donot_use_mm_for_euclid_dist"
+    total_TN, inputs_TK = torch.zeros_like(wanted_TN), seen(folder)["model.layers.1.mlp.experts"]
+    for expert in range(4):
+        gate = asked[f"layers.1.experts.{expert}.gate"]
+        assert gate.lack is None
+        rows = torch.cdist(gate.x_TK, inputs_TK, compute_mode=exact).argmin(-1)
+        down = asked[f"layers.1.experts.{expert}.down"]
+        lack_TN = down.lack.of(slice(None), torch.device("cpu"))
+        total_TN[rows] += lack_TN * down.gate_T[:, None]
+    # Where two tokens read the same, which row is whose cannot be told.
+    alone = (torch.cdist(inputs_TK, inputs_TK, compute_mode=exact) < 1e-6).sum(-1) == 1
+    assert alone.sum() > 1200
+    torch.testing.assert_close(total_TN[alone], wanted_TN[alone], rtol=0, atol=1e-4)
+    # Its gate gives every token another number.
+    assert asked["layers.1.mlp.shared_expert.down_proj"].lack is None
+
+
+def test_a_linear_lacks_what_the_stream_is_off(tmp_path, asked):
+    model = save_tiny(tmp_path / "model", "llama")
+    folder = packed(model, tmp_path / "out", "stream")
+    norm = "model.layers.1.post_attention_layernorm"
+    found_TN = asked["layers.1.mlp.down_proj"].lack.of(slice(None), torch.device("cpu"))
+    expected_TN = seen(model)[norm] - seen(folder)[norm]
+    torch.testing.assert_close(found_TN, expected_TN, rtol=0, atol=1e-4)
+    assert asked["layers.1.mlp.gate_proj"].lack is None
+
+
+def test_those_who_write_share_what_the_stream_is_off(tmp_path, asked):
+    model = save_tiny(tmp_path / "model", "deepseek_v3")
+    packed(model, tmp_path / "out", "stream")
+    shared = asked["layers.1.mlp.shared_experts.down_proj"].lack
+    torch.testing.assert_close(shared.share_T, torch.full_like(shared.share_T, 0.5))
+    expert = asked["layers.1.experts.0.down"]
+    # With both of its experts' weights g and f it takes half of g / (g^2 + f^2).
+    assert torch.all(expert.lack.share_T * expert.gate_T <= 0.5 + 1e-6)
+    assert torch.all(expert.lack.share_T * expert.gate_T > 0)
+
+
+def test_original_targets_lack_nothing(model, tmp_path, asked):
+    packed(model, tmp_path / "out", "original")
+    assert all(block.lack is None for block in asked.values())
 
 
 def test_local_blocks_are_fitted_to_their_own_inputs(model, tmp_path, asked):

@@ -1,5 +1,7 @@
 """Refinement of codes and scales, and fitting to the original model: by hand, and against loops."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -241,6 +243,42 @@ def test_a_block_is_fitted_to_its_output_on_the_originals_inputs():
     error = (x_TK @ batch.w_BNK[0].T - wanted_TN).norm() / (x_TK @ w_NK.T - wanted_TN).norm()
     assert error < 0.03
     assert torch.equal(batch.plain_BNK[0], w_NK)
+
+
+def lacking(k=64, n=4, share=0.5):
+    """A block that reads x, and is to put out half of B x besides; B."""
+    x_TK, b_NK = random(4000, k), random(n, k, seed=3)
+    lack = Deviation(torch.ones(4000, n), 1 + x_TK @ b_NK.T, torch.full((4000,), share))
+    gate_T = random(4000, seed=5)
+    return BlockInputs("a", x_TK, gate_T, 3500, x_TK.clone(), lack), b_NK
+
+
+def test_a_block_is_fitted_to_what_it_lacks_as_well():
+    block, b_NK = lacking()
+    inputs, w_NK = make_inputs([block], None), random(4, 64, seed=9)
+    batch = make_batch(["a"], [w_NK], inputs)
+    # Damped by as much again as there is, and trusted no further than that.
+    found_NK = batch.w_BNK[0] - w_NK
+    assert (found_NK - 0.25 * b_NK).norm() < 0.15 * (0.25 * b_NK).norm()
+    assert torch.equal(batch.plain_BNK[0], w_NK)
+    turned = make_batch(["a"], [w_NK], inputs.turned).w_BNK
+    torch.testing.assert_close(turned, rotate(batch.w_BNK))
+
+
+def test_a_lack_that_held_out_tokens_do_not_confirm_is_left():
+    block, _ = lacking()
+    origin_TN = block.lack.origin_TN.clone()
+    origin_TN[3500:] = 2 - origin_TN[3500:]  # the other way round
+    lack = Deviation(block.lack.now_TN, origin_TN, block.lack.share_T)
+    inputs = make_inputs([replace(block, lack=lack)], None)
+    assert not inputs.lack_BNK.any()
+
+
+def test_some_blocks_of_a_batch_keep_their_own_lack():
+    blocks = [replace(lacking(share=share)[0], name=str(share)) for share in (0.25, 0.5, 0.75)]
+    whole = make_inputs(blocks, None)
+    assert torch.equal(whole.select([2, 0]).lack_BNK, whole.lack_BNK[[2, 0]])
+    assert not torch.equal(whole.lack_BNK[2], whole.lack_BNK[0])
 
 
 def test_the_shift_is_taken_before_the_rotation():
