@@ -1,7 +1,7 @@
 """What the sites of a layer read while it is being quantized, and what the stream lacks there."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 import torch
@@ -50,15 +50,12 @@ class Stream:
 def inputs_of_sites(work: LayerWork, sites: Sequence[str]) -> dict[str, SiteInputs]:
     """What the sites read over all batches, with the layer as it is now.
 
-    Where one of them writes to the residual stream, that is among them under its own name.
+    The residual stream where one of them writes to it is among them under its own name.
     """
-    job, residual = work.job, work.residual
-    if residual is not None and residual.writers.keys().isdisjoint(sites):
-        residual = None
-    wanted = [*sites] if residual is None else [residual.site, *sites]
-    captures = Captures(job.store)
+    job, captures = work.job, Captures(work.job.store)
+    residuals = [one for one in work.residuals if not one.writers.keys().isdisjoint(sites)]
     for call in work.calls:
-        _record(job.adapter, work.layer, call, wanted, captures.add, residual)
+        _record(job.adapter, work.layer, call, sites, captures.add, residuals)
         captures.end_batch()
         job.store.release(call.hidden)
     return captures.join(job.fit_tokens)
@@ -66,11 +63,11 @@ def inputs_of_sites(work: LayerWork, sites: Sequence[str]) -> dict[str, SiteInpu
 
 def stream_of(work: LayerWork, inputs: Mapping[str, SiteInputs], site: str) -> Stream | None:
     """The residual stream that a site writes to; None where it does not, or nobody knows."""
-    residual = work.residual
-    if residual is None or site not in residual.writers:
-        return None
-    share = 1 / (len(residual.writers) * residual.writers[site])
-    return Stream(inputs[residual.site], work.origins[residual.site], share)
+    for residual in work.residuals:
+        if site in residual.writers:
+            share = 1 / (len(residual.writers) * residual.writers[site])
+            return Stream(inputs[residual.site], work.origins[residual.site], share)
+    return None
 
 
 def groups_by_input(adapter: ModelAdapter, layer: int, call: LayerCall) -> list[list[str]]:
@@ -93,16 +90,16 @@ def _record(
     call: LayerCall,
     wanted: Sequence[str],
     keep: Callable[[Capture], object],
-    residual: Residual | None = None,
+    residuals: Sequence[Residual] = (),
 ) -> None:
     """Give what the wanted sites of a layer read, as the layer is now, to ``keep``.
 
-    A wanted ``residual`` is one of them under its own name.
+    With them goes what is read of the residual stream in those places, under names of its own.
 
     Raises:
         ValueError: If the layer runs without one of them.
     """
-    missing = set(wanted)
+    missing = {*wanted, *(residual.site for residual in residuals)}
 
     def sink(capture: Capture) -> None:
         if capture.site in missing:
@@ -111,8 +108,10 @@ def _record(
         if not missing:
             raise _AllSeen
 
-    reading = nullcontext() if residual is None else residual.recording(sink)
-    with adapter.recording(layer, sink, inputs_only=True), reading, suppress(_AllSeen):
+    with ExitStack() as undo, suppress(_AllSeen):
+        undo.enter_context(adapter.recording(layer, sink, inputs_only=True))
+        for residual in residuals:
+            undo.enter_context(residual.recording(sink))
         call.run()
     if missing:
         raise ValueError(
