@@ -1,7 +1,7 @@
 """What the sites of a layer read while it is being quantized, and what the stream lacks there."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
@@ -50,12 +50,15 @@ class Stream:
 def inputs_of_sites(work: LayerWork, sites: Sequence[str]) -> dict[str, SiteInputs]:
     """What the sites read over all batches, with the layer as it is now.
 
-    The residual stream where one of them writes to it is among them under its own name.
+    Where one of them writes to the residual stream, that is among them under its own name.
     """
-    job, captures = work.job, Captures(work.job.store)
-    residuals = [one for one in work.residuals if not one.writers.keys().isdisjoint(sites)]
+    job, residual = work.job, work.residual
+    if residual is not None and residual.writers.keys().isdisjoint(sites):
+        residual = None
+    wanted = [*sites] if residual is None else [residual.site, *sites]
+    captures = Captures(job.store)
     for call in work.calls:
-        _record(job.adapter, work.layer, call, sites, captures.add, residuals)
+        _record(job.adapter, work.layer, call, wanted, captures.add, residual)
         captures.end_batch()
         job.store.release(call.hidden)
     return captures.join(job.fit_tokens)
@@ -63,11 +66,11 @@ def inputs_of_sites(work: LayerWork, sites: Sequence[str]) -> dict[str, SiteInpu
 
 def stream_of(work: LayerWork, inputs: Mapping[str, SiteInputs], site: str) -> Stream | None:
     """The residual stream that a site writes to; None where it does not, or nobody knows."""
-    for residual in work.residuals:
-        if site in residual.writers:
-            share = 1 / (len(residual.writers) * residual.writers[site])
-            return Stream(inputs[residual.site], work.origins[residual.site], share)
-    return None
+    residual = work.residual
+    if residual is None or site not in residual.writers:
+        return None
+    share = 1 / (len(residual.writers) * residual.writers[site])
+    return Stream(inputs[residual.site], work.origins[residual.site], share)
 
 
 def groups_by_input(adapter: ModelAdapter, layer: int, call: LayerCall) -> list[list[str]]:
@@ -90,16 +93,16 @@ def _record(
     call: LayerCall,
     wanted: Sequence[str],
     keep: Callable[[Capture], object],
-    residuals: Sequence[Residual] = (),
+    residual: Residual | None = None,
 ) -> None:
     """Give what the wanted sites of a layer read, as the layer is now, to ``keep``.
 
-    With them goes what is read of the residual stream in those places, under names of its own.
+    A wanted ``residual`` is one of them under its own name.
 
     Raises:
         ValueError: If the layer runs without one of them.
     """
-    missing = {*wanted, *(residual.site for residual in residuals)}
+    missing = set(wanted)
 
     def sink(capture: Capture) -> None:
         if capture.site in missing:
@@ -108,10 +111,8 @@ def _record(
         if not missing:
             raise _AllSeen
 
-    with ExitStack() as undo, suppress(_AllSeen):
-        undo.enter_context(adapter.recording(layer, sink, inputs_only=True))
-        for residual in residuals:
-            undo.enter_context(residual.recording(sink))
+    reading = nullcontext() if residual is None else residual.recording(sink)
+    with adapter.recording(layer, sink, inputs_only=True), reading, suppress(_AllSeen):
         call.run()
     if missing:
         raise ValueError(

@@ -30,7 +30,7 @@ from mxq.models.adapter import Capture, ModelAdapter
 from mxq.models.experts import expert_bias
 from mxq.models.lockstep import LayerCall, run_calls, run_in_lockstep
 from mxq.models.probes import Captures
-from mxq.models.residual import find_residuals
+from mxq.models.residual import find_residual
 from mxq.models.source import file_digest
 from mxq.models.sweep import Batches, OnProgress
 from mxq.quantizers.method import Method
@@ -173,10 +173,10 @@ def _observe(
 ) -> tuple[list[object], LayerWork]:
     """Outputs of the first calls of a layer that has its own weights, and the work on the others.
 
-    What the sites read in those calls, and the residual stream under names of its own, is what the
+    What the sites read in those calls, and the residual stream under its own name, is what the
     original model has in place of what they read later.
     """
-    residuals = find_residuals(job.adapter, layer, calls[0]) if job.target == "stream" else ()
+    residual = find_residual(job.adapter, layer, calls[0]) if job.target == "stream" else None
     captures = Captures(job.store)
     outputs: list[object] = []
 
@@ -186,12 +186,12 @@ def _observe(
     for call in calls[:beside]:
         with ExitStack() as undo:
             undo.enter_context(job.adapter.recording(layer, sink, inputs_only=True))
-            for residual in residuals:
+            if residual is not None:
                 undo.enter_context(residual.recording(sink))
             outputs += run_calls([call], job.store)
         captures.end_batch()
     origins, known = captures.join(job.fit_tokens), job.curvature_of(layer)
-    return outputs, LayerWork(job, layer, calls[beside:], origins, known, residuals)
+    return outputs, LayerWork(job, layer, calls[beside:], origins, known, residual)
 
 
 def _pack_layer(

