@@ -307,19 +307,20 @@ def _activations(sizes: Sizes, work: Workload) -> tuple[int, int]:
     passes = 2 if work.plans else 1  # the same tokens pass the original layers beside
     depth = max(len(sizes.blocks) + 2 if gradients else 0, 2 * passes)
     cold = FLOAT_BYTES * work.tokens * sizes.hidden * depth
-    widths = max(_activation_widths(sizes, layer) for layer in range(len(sizes.blocks)))
+    inputs = max(_activation_widths(sizes, layer) for layer in range(len(sizes.blocks)))
+    widths = 2 * inputs if gradients else inputs
+    if work.plans:
+        # Beside the original's, and with the stream that both have.
+        widths = max(widths, passes * (inputs + sizes.hidden))
     # Each batch's, and those of all batches in one.
-    return cold, 2 * FLOAT_BYTES * work.tokens * widths * (2 if gradients else passes)
+    return cold, 2 * FLOAT_BYTES * work.tokens * widths
 
 
 def _activation_widths(sizes: Sizes, layer: int) -> int:
-    """Summed widths of the inputs of a layer's sites, and of the stream that they write to.
-
-    The experts of a layer share one input.
-    """
+    """Summed widths of the inputs of a layer's sites; the experts of a layer share one."""
     linears = sum(block.in_features for block in sizes.blocks[layer] if block.expert is None)
     routed = any(block.expert is not None for block in sizes.blocks[layer])
-    return linears + sizes.hidden * (2 if routed else 1)
+    return linears + (sizes.hidden if routed else 0)
 
 
 def _disk(sizes: Sizes, work: Workload) -> dict[str, int]:

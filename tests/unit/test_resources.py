@@ -71,9 +71,9 @@ def test_disk_is_both_checkpoints_and_all_activations_without_memory(adapter):
     weights = 2 * (EXPERTS + SHARED)
     assert disk["packed checkpoints"] == 2 * (weights // 2 + sizes.kept_bytes)
     # Hidden states of both layers, the last ones and their gradients; then of one layer the inputs
-    # of gate, up (64) and down (32) of the shared expert and of the experts (64), and as many
-    # gradients, by batch and joined.
-    hidden, sites = 176 * 64 * 4 * 4, 176 * (64 + 64 + 32 + 64) * 4
+    # of gate, up (64) and down (32) of the shared expert and of the experts (64), and the stream
+    # that they write to (64), beside those of the original, by batch and joined.
+    hidden, sites = 176 * 64 * 4 * 4, 176 * (64 + 64 + 32 + 64 + 64) * 4
     assert disk["activations over the limit"] == hidden + 2 * 2 * sites
 
 
@@ -97,7 +97,7 @@ def test_memory_takes_what_disk_does_not(adapter):
 def test_a_metric_without_gradients_keeps_one_layers_activations(adapter):
     sizes = sizes_of(adapter)
     disk = estimate(sizes, work_of(adapter, sensitivity="output_mse"), RATES).disk_bytes
-    hidden, sites = 176 * 64 * 4 * 2, 176 * (64 + 64 + 32 + 64) * 4
+    hidden, sites = 176 * 64 * 4 * 2, 176 * (64 + 64 + 32 + 64 + 64) * 4
     # When plans are packed, those of the original layers are kept beside.
     assert disk["activations over the limit"] == 2 * (hidden + 2 * sites)
 
