@@ -24,7 +24,7 @@ from bench_memory import commit
 from transformers.utils import logging
 
 from mxq.artifacts import Allocation, BlockInfo, SensitivityTable
-from mxq.config import CalibrationOptions
+from mxq.config import EFFORTS, CalibrationOptions
 from mxq.latency import load_pricing
 from mxq.quantizers import Method
 from mxq.scheme import Scheme, parse_schemes
@@ -71,7 +71,7 @@ class Recipe:
         return "fisher" if self.r is None else "layer_out"
 
 
-DEFAULT = {"quantizer": "refined", "target": "original"}
+DEFAULT = dict(zip(("quantizer", "target"), EFFORTS["balanced"], strict=True))
 """What mxq does when nothing is said."""
 
 RECIPES: Mapping[str, Recipe] = {

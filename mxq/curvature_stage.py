@@ -30,6 +30,7 @@ def curvature_files(
             "scope": adapter.scope,
             "keep": list(adapter.keep),
             "compute": describe(adapter.source.device),
+            "shrinkage": "ledoit-wolf",
         }
         return make_provenance(adapter.source.digest(), tokens.digest, settings)
 

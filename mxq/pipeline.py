@@ -299,7 +299,7 @@ def run_measure(
         if team.leads:
             work.save("sensitivity", table)
     if team.leads:
-        records.clear()  # a run may have been killed right before it did
+        records.clear()  # also those of a run that was killed once the table was saved
     complete(work, adapter, tokens, gradients, report)
     return table
 

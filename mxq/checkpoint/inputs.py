@@ -28,8 +28,7 @@ class Stream:
     @property
     def lack(self) -> Deviation:
         """What a linear lacks: the same share for every token."""
-        share_T = torch.full((len(self.now.x_TK),), self.share)
-        return Deviation(self.now.x_TK, self.origin.x_TK, share_T)
+        return Deviation(self.now.x_TK, self.origin.x_TK, self.share)
 
     def lack_of(self, one: ExpertInputs) -> Deviation:
         """What an expert lacks on its tokens.
@@ -114,6 +113,7 @@ def _record(
     reading = nullcontext() if residual is None else residual.recording(sink)
     with adapter.recording(layer, sink, inputs_only=True), reading, suppress(_AllSeen):
         call.run()
+    assert residual is None or residual.site not in missing
     if missing:
         raise ValueError(
             f"layer {layer} runs without {sorted(missing)[0]}, so nothing is known of its inputs; "

@@ -240,6 +240,7 @@ def _quantize_experts(
         probes = [one.probe("down") for one in seen]
         found.unrouted.extend(_expert_of(probe.block) for probe in probes if probe.tokens == 0)
         blocks = [probe.block for probe in probes]
+        del outer, known
         known = _known_of(work, probes, None, inner, _lacks(stream, seen))
         yield from _quantize_blocks(job, blocks, known, costs.get("down"))
 
@@ -260,10 +261,11 @@ def _known_of(
     ``origins`` are what the original model has in place of each probe's input, ``lacks`` what
     each is to put out besides.
     """
-    nothing = [None] * len(probes)
+    found = [None] * len(probes) if origins is None else origins
+    lacking = [None] * len(probes) if lacks is None else lacks
     blocks = [
         BlockInputs(p.block, p.x_TK, p.gate_T, p.fit_rows, x_TK, lack)
-        for p, x_TK, lack in zip(probes, origins or nothing, lacks or nothing, strict=True)
+        for p, x_TK, lack in zip(probes, found, lacking, strict=True)
     ]
     known = make_inputs(blocks, prior_KK)
     return known.turned if work.job.rotated(work.layer) else known

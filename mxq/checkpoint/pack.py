@@ -177,6 +177,8 @@ def _observe(
     original model has in place of what they read later.
     """
     residual = find_residual(job.adapter, layer, calls[0]) if job.target == "stream" else None
+    if residual is None and job.target == "stream" and job.team.leads:
+        log.info("layer %d: no residual stream was found; it is fitted as with original", layer)
     captures = Captures(job.store)
     outputs: list[object] = []
 

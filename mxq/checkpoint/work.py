@@ -54,9 +54,10 @@ class PackJob:
 class LayerWork:
     """A loaded layer that is to be quantized, and its calls.
 
-    ``origins`` are the inputs that its sites have in the original model, where blocks are fitted to
-    that; else it is empty. ``curvature`` is of the sites whose gradients are known. ``residual`` is
-    where the layer's residual stream is read, None where blocks are not fitted to it.
+    ``origins`` are the inputs that its sites, and the stream in ``residual``, have in the original
+    model, where blocks are fitted to that; else it is empty. ``curvature`` is of the sites whose
+    gradients are known. ``residual`` is where the layer's residual stream is read, None where
+    blocks are not fitted to it.
     """
 
     job: PackJob

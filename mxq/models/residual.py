@@ -1,13 +1,14 @@
-"""Where the residual stream of a decoder layer can be read, and which sites write to it after that.
+"""Where the residual stream of a decoder layer can be read, and which sites write to it.
 
 In most families a layer gives ``h + y1 + y2 + ...``: a norm reads the stream h, and the y are what
 experts and down projections put out. No model declares that, so it is looked for while the layer
 runs, and believed only where the numbers of the layer's output bear it out.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,11 @@ from mxq.models.lockstep import LayerCall, hidden_of
 TOKENS = 256
 """Tokens that the numbers are compared on."""
 
-TOLERANCE = 0.1
-"""Part of what was added to the stream that may be unexplained: models compute in bfloat16."""
+UNEXPLAINED = 0.01
+"""Part of what is added to the stream that may come from elsewhere; rounding is far below."""
+
+LEAST_PART = 0.01
+"""Part of what is added to the stream that a site has at least, to count as one that writes."""
 
 SPREAD = 0.02
 """How much a site's factor may vary between tokens to count as one."""
@@ -31,7 +35,7 @@ class Residual:
     """A place in a layer's residual stream.
 
     ``reader`` is the module that reads it there, and ``site`` the name its captures get.
-    ``writers`` are the sites behind it whose outputs, times a factor, are added to the stream.
+    ``writers`` are the sites whose outputs, times a factor, are added to it in this layer.
     """
 
     site: str
@@ -43,7 +47,8 @@ class Residual:
         """Give what is read there, [T, H], to ``sink`` while the context is open."""
 
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            sink(Capture(self.site, inputs[0].detach().flatten(0, -2)))
+            # A copy: some layers add to the stream in place.
+            sink(Capture(self.site, inputs[0].detach().flatten(0, -2).clone()))
 
         handle = self.reader.register_forward_pre_hook(hook)
         try:
@@ -54,100 +59,101 @@ class Residual:
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """A module that turned hidden states into others of their shape."""
+    """A module that turned hidden states into others of their shape, and some of the first."""
 
     module: nn.Module
-    input: Tensor
+    stream_TH: Tensor
     output: Tensor
+
+
+@dataclass(slots=True)
+class _Run:
+    """One run of a layer: what its modules read and put out.
+
+    ``readings`` are by the storage of their outputs, ``taken_in`` those whose output a linear or
+    experts read, ``written`` some of the outputs that have the stream's form.
+    """
+
+    shape: torch.Size
+    calls: Counter[nn.Module] = field(default_factory=Counter)
+    readings: dict[int, _Reading] = field(default_factory=dict)
+    taken_in: dict[nn.Module, _Reading] = field(default_factory=dict)
+    written: dict[nn.Module, Tensor] = field(default_factory=dict)
+
+    def see(self, module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+        """A forward hook of every module; values are taken at once, before others change them."""
+        self.calls[module] += 1
+        x = inputs[0] if inputs else None
+        if not (isinstance(x, Tensor) and isinstance(output, Tensor)):
+            return
+        if type(module) is nn.Linear or is_fused_experts(module):
+            place = x.untyped_storage().data_ptr()
+            if place in self.readings:
+                self.taken_in[module] = self.readings[place]
+            has_norm = bool(getattr(module, "has_post_expert_norm", False))
+            has_form = output.shape[-1] == self.shape[-1] and output.numel() == self.shape.numel()
+            if has_form and not has_norm:
+                self.written[module] = sample_tokens(output)
+        elif x.shape == output.shape == self.shape and x is not output:
+            # The output stays alive, so that no other tensor takes its address.
+            place = output.untyped_storage().data_ptr()
+            self.readings.setdefault(place, _Reading(module, sample_tokens(x), output))
 
 
 def find_residual(adapter: ModelAdapter, layer: int, call: LayerCall) -> Residual | None:
     """The last place in a loaded layer where the stream is read, by running it once.
 
-    None where the layer's output is not the stream there and the outputs of sites behind it, each
+    None where the layer's output is not the stream there and outputs of linears and experts, each
     times a number for each token, or where no site has the same number for all tokens.
     """
-    seen, readings, output = _run(adapter, layer, call)
-    first, reading = _last_read(seen, readings)
-    if reading is None:
-        return None
-    hidden = output.shape[-1]
-    added_TH = _some(output) - _some(reading.input)
-    written = {
-        one.site: _some(one.output)
-        for one in seen[first:]
-        if one.output is not None
-        and one.output.shape[-1] == hidden
-        and one.output.numel() == output.numel()
-        and not _has_norm(adapter.module(one.site))
-    }
-    writers = _factors(added_TH, written)
-    return Residual(f"layers.{layer}:residual", reading.module, writers) if writers else None
-
-
-def _run(
-    adapter: ModelAdapter, layer: int, call: LayerCall
-) -> tuple[list[Capture], dict[int, _Reading], Tensor]:
-    """Captures in order of computation, readings by the storage of their outputs, the output."""
-    seen: list[Capture] = []
-    readings: dict[int, _Reading] = {}
-
-    def keep(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
-        x = inputs[0] if inputs else None
-        if not (isinstance(x, Tensor) and isinstance(output, Tensor)):
-            return
-        if x.shape == output.shape == call.hidden.shape and x is not output:
-            # The output stays alive, so that no other tensor takes its address.
-            place = output.untyped_storage().data_ptr()
-            readings.setdefault(place, _Reading(module, x, output))
-
+    run = _Run(call.hidden.shape)
     with ExitStack() as undo:
-        undo.enter_context(adapter.recording(layer, seen.append))
         for path, module in adapter.source.layers[layer].named_modules():
             if path:
-                undo.callback(module.register_forward_hook(keep).remove)
-        output = hidden_of(call.run())
-    return seen, readings, output
+                undo.callback(module.register_forward_hook(run.see).remove)
+        output_TH = sample_tokens(hidden_of(call.run()))
+    sites = {adapter.module(site): site for site in adapter.layer_sites(layer)}
+    readings = [reading for module, reading in run.taken_in.items() if module in sites]
+    # A module that runs twice reads the stream in two places, and nothing tells which is which.
+    if not readings or run.calls[readings[-1].module] > 1:
+        return None
+    once = {module: y_TH for module, y_TH in run.written.items() if run.calls[module] == 1}
+    factors = constant_factors(output_TH - readings[-1].stream_TH, list(once.values()))
+    writers = {
+        sites[module]: factor
+        for module, factor in zip(once, factors, strict=True)
+        if factor is not None and module in sites
+    }
+    return Residual(f"layers.{layer}:residual", readings[-1].module, writers) if writers else None
 
 
-def _last_read(
-    seen: Sequence[Capture], readings: Mapping[int, _Reading]
-) -> tuple[int, _Reading | None]:
-    """The last reading whose output sites take in, and the first of those in ``seen``."""
-    places = [one.x_TK.untyped_storage().data_ptr() for one in seen]
-    for place in reversed(places):
-        if place in readings:
-            return places.index(place), readings[place]
-    return 0, None
+def constant_factors(added_TH: Tensor, written: list[Tensor]) -> list[float | None]:
+    """The number that each output is added with, where it is the same for all tokens.
 
-
-def _factors(added_TH: Tensor, written: Mapping[str, Tensor]) -> dict[str, float]:
-    """The number that each site's output is added with; empty where that is not all there is."""
-    known = all(states.isfinite().all() for states in (added_TH, *written.values()))
-    if not written or not known:
-        return {}
-    outputs_THS = torch.stack(list(written.values()), -1)
+    All None where the outputs, each times some number for each token, are not all that is added;
+    None for an output of which next to nothing is added.
+    """
+    nothing: list[float | None] = [None] * len(written)
+    if not written or not all(part.isfinite().all() for part in (added_TH, *written)):
+        return nothing
+    outputs_THS = torch.stack(written, -1)
     found_TS = torch.linalg.lstsq(outputs_THS, added_TH[..., None], driver="gelsd").solution[..., 0]
+    size_T = added_TH.norm(dim=-1).clamp(min=1e-30)
     rest_T = (added_TH - (outputs_THS @ found_TS[..., None])[..., 0]).norm(dim=-1)
-    if float((rest_T / added_TH.norm(dim=-1).clamp(min=1e-30)).median()) > TOLERANCE:
-        return {}
+    if float((rest_T / size_T).median()) > UNEXPLAINED:
+        return nothing
+    parts_S = (found_TS.abs() * outputs_THS.norm(dim=1) / size_T[:, None]).median(0).values
     middle_S = found_TS.median(0).values
     spread_S = (found_TS - middle_S).abs().median(0).values
-    return {
-        site: float(middle)
-        for site, middle, spread in zip(written, middle_S, spread_S, strict=True)
-        if abs(middle) > TOLERANCE and spread <= SPREAD * abs(middle)
-    }
+    is_one_S = (parts_S > LEAST_PART) & (spread_S <= SPREAD * middle_S.abs())
+    return [
+        float(middle) if is_one else None for middle, is_one in zip(middle_S, is_one_S, strict=True)
+    ]
 
 
-def _some(states: Tensor) -> Tensor:
+def sample_tokens(states: Tensor) -> Tensor:
     """Evenly spaced tokens of hidden states, [T, H] in float64 on the host."""
     flat_TH = states.detach().flatten(0, -2)
     count = min(TOKENS, len(flat_TH))
     rows = torch.linspace(0, len(flat_TH) - 1, count).round().to(torch.int64)
     return flat_TH[rows.to(flat_TH.device)].to("cpu", torch.float64)
-
-
-def _has_norm(module: nn.Module) -> bool:
-    """Whether experts have a norm behind their down projections: they write to another space."""
-    return is_fused_experts(module) and bool(getattr(module, "has_post_expert_norm", False))

@@ -136,12 +136,13 @@ class BlockInputs:
 def quantizing_bytes(block: LinearBlock, *, with_gradients: bool = False) -> int:
     """Memory to quantize a block.
 
-    Its weights and their copies while they are rounded; Hessian and factor of its inputs as they
-    are and rotated, what a factor is made of, and how the original's inputs differ. With gradients
-    also their moments: of two projections that read the same, those in hand, and these damped.
+    Its weights, what they lack, and their copies while they are rounded; Hessian and factor of its
+    inputs as they are and rotated, what a factor is made of, and how the original's inputs differ.
+    With gradients also their moments: of two projections that read the same, those in hand, and
+    these damped.
     """
     outer = sum(rows**2 for rows in piece_sizes(block.out_features)) if with_gradients else 0
-    return 4 * (8 * block.weights + 9 * block.in_features**2 + 4 * outer)
+    return 4 * (11 * block.weights + 9 * block.in_features**2 + 4 * outer)
 
 
 def expert_chunks(

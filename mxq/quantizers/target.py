@@ -27,24 +27,30 @@ STREAM_DAMPING = 1.0
 class Deviation:
     """How far the original is from here, ``(origin - now) * share``, token by token [T, N].
 
-    Without ``share_T`` all of it counts.
+    Raises:
+        ValueError: If they are not of the same tokens.
     """
 
     now_TN: Tensor
     origin_TN: Tensor
-    share_T: Tensor | None = None
+    share_T: Tensor | float = 1.0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError unless both are of as many tokens."""
+        if len(self.now_TN) != len(self.origin_TN):
+            raise ValueError(f"{len(self.now_TN)} tokens here, {len(self.origin_TN)} there")
 
     def of(self, rows: slice, device: torch.device) -> Tensor:
         """Those tokens, in float32 on a device."""
         now_TN = self.now_TN[rows].to(device, torch.float32)
         found_TN = self.origin_TN[rows].to(device, torch.float32) - now_TN
-        if self.share_T is None:
-            return found_TN
+        if isinstance(self.share_T, float):
+            return found_TN * self.share_T
         return found_TN * self.share_T[rows, None].to(device)
 
     def select(self, rows: slice) -> "Deviation":
         """Of those tokens alone."""
-        share_T = None if self.share_T is None else self.share_T[rows]
+        share_T = self.share_T if isinstance(self.share_T, float) else self.share_T[rows]
         return Deviation(self.now_TN[rows], self.origin_TN[rows], share_T)
 
 

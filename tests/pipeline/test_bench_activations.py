@@ -97,7 +97,7 @@ def test_the_section_has_a_line_of_each_row_and_the_papers_figures():
         "heldout_tokens": 1234,
         "schemes": {"w4a4_grow_sym": 3, "fp8": 1},
         "quantizer": "refined",
-        "target": "original",
+        "target": "stream",
         "bits": 4.98765,
         "input_bits": 5.4321,
         "kl": 0.0123456,
@@ -112,7 +112,7 @@ def test_the_section_has_a_line_of_each_row_and_the_papers_figures():
     more = {"seed": 0, "w5a5": "A", "bytes": "B", "tokens": 5, "device": "toy"}
     lines = activations.activation_section("x.json", {**told, **more, "rows": [row, norms]})
     shared = (
-        "w4a4_grow_sym (3), fp8 (1) | refined, original | 4.988 | 5.43 | 0.01235 | 0.00123 "
+        "w4a4_grow_sym (3), fp8 (1) | refined, stream | 4.988 | 5.43 | 0.01235 | 0.00123 "
         "| 0.02000 | 90.00% |"
     )
     assert f"| mxq at 5 | {shared} 0.01000 |" in lines

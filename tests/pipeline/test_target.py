@@ -1,5 +1,7 @@
 """What blocks are fitted to: inputs of the original model reach the blocks in their place."""
 
+import logging
+
 import pytest
 import torch
 from checkpoints import make_allocation
@@ -135,11 +137,22 @@ def test_those_who_write_share_what_the_stream_is_off(tmp_path, asked):
     model = save_tiny(tmp_path / "model", "deepseek_v3")
     packed(model, tmp_path / "out", "stream")
     shared = asked["layers.1.mlp.shared_experts.down_proj"].lack
-    torch.testing.assert_close(shared.share_T, torch.full_like(shared.share_T, 0.5))
+    assert shared.share_T == pytest.approx(0.5)
     expert = asked["layers.1.experts.0.down"]
     # With both of its experts' weights g and f it takes half of g / (g^2 + f^2).
     assert torch.all(expert.lack.share_T * expert.gate_T <= 0.5 + 1e-6)
     assert torch.all(expert.lack.share_T * expert.gate_T > 0)
+
+
+def test_a_layer_without_a_stream_is_fitted_as_with_original(
+    model, tmp_path, asked, monkeypatch, caplog
+):
+    monkeypatch.setattr("mxq.checkpoint.pack.find_residual", lambda *_: None)
+    with caplog.at_level(logging.INFO, "mxq"):
+        packed(model, tmp_path / "out", "stream")
+    assert "layer 1: no residual stream was found" in caplog.text
+    assert all(block.lack is None for block in asked.values())
+    assert all(block.origin_TK is not None for block in asked.values())
 
 
 def test_original_targets_lack_nothing(model, tmp_path, asked):

@@ -11,7 +11,7 @@ from mxq.checkpoint.inputs import stream_of
 from mxq.models.activations import ActivationStore
 from mxq.models.adapter import ModelAdapter
 from mxq.models.lockstep import run_calls, run_in_lockstep
-from mxq.models.residual import Residual, find_residual
+from mxq.models.residual import Residual, constant_factors, find_residual
 from mxq.models.source import open_source
 
 IDS = token_ids(2, 24, seed=5)
@@ -36,9 +36,13 @@ def save_other(folder, family, **changes):
     return folder
 
 
-def residuals(folder, *, scope="auto", spoil=None):
+def residuals(folder, *, scope="auto", keep=(), spoil=None):
     """What is found in each layer, and what is read there: ``[(residual, stream_TH)]``."""
-    adapter, store, found = ModelAdapter(open_source(folder), scope=scope), ActivationStore(), []
+    adapter, store, found = (
+        ModelAdapter(open_source(folder), scope=scope, keep=keep),
+        ActivationStore(),
+        [],
+    )
     if spoil is not None:
         spoil(adapter.source)
 
@@ -68,6 +72,7 @@ def residuals(folder, *, scope="auto", spoil=None):
         ("deepseek_v3", 0, {"mlp.down_proj"}),
         ("deepseek_v3", 1, {"experts", "mlp.shared_experts.down_proj"}),
         ("llama", 1, {"mlp.down_proj"}),
+        ("qwen3", 1, {"mlp.down_proj"}),
     ],
 )
 def test_writers_are_found(tmp_path, family, layer, writers):
@@ -97,10 +102,50 @@ def test_outputs_that_are_scaled_have_that_factor(tmp_path):
 
 
 def test_branches_side_by_side_write_to_what_both_read(tmp_path):
-    residual, [capture] = residuals(save_other(tmp_path, "cohere"))[1]
+    for layer, (residual, [capture]) in enumerate(residuals(save_other(tmp_path, "cohere"))):
+        parts = {site.removeprefix(f"layers.{layer}.") for site in residual.writers}
+        assert parts == {"self_attn.o_proj", "mlp.down_proj"}
+        assert capture.x_TK.shape == (48, 64)
+
+
+def test_side_by_side_behind_a_norm_each(tmp_path):
+    # The attention runs before the last norm, but writes to what that norm reads.
+    residual, _ = residuals(save_other(tmp_path, "gpt_neox"))[1]
     parts = {site.removeprefix("layers.1.") for site in residual.writers}
-    assert parts == {"self_attn.o_proj", "mlp.down_proj"}
-    assert capture.x_TK.shape == (48, 64)
+    assert parts == {"attention.dense", "mlp.dense_4h_to_h"}
+
+
+def test_a_module_that_runs_twice_does_not_tell_where(tmp_path):
+    def share(source):
+        for layer in source.layers:
+            layer.post_attention_layernorm = layer.input_layernorm
+
+    found = residuals(save_tiny(tmp_path, "llama", tokenizer=False), spoil=share)
+    assert [residual for residual, _ in found] == [None, None]
+
+
+def test_a_linear_that_stays_explains_its_part(tmp_path):
+    folder = save_tiny(tmp_path, "deepseek_v3", tokenizer=False)
+    residual, _ = residuals(folder, keep=["shared_experts"])[1]
+    assert residual.writers.keys() == {"layers.1.experts"}
+
+
+@pytest.mark.parametrize(("other", "factors"), [(0.003, [2.0, 0.5]), (0.1, [None, None])])
+def test_outputs_count_where_they_are_all_that_is_added(other, factors):
+    first_TH, second_TH, rest_TH = torch.randn(3, 40, 64, dtype=torch.float64)
+    added_TH = 2 * first_TH + 0.5 * second_TH + other * rest_TH
+    found = constant_factors(added_TH, [first_TH, second_TH])
+    expected = [factor and pytest.approx(factor, abs=0.01) for factor in factors]
+    assert found == expected
+
+
+def test_outputs_count_where_their_number_is_the_same_for_all_tokens():
+    torch.manual_seed(1)
+    first_TH, second_TH, third_TH = torch.randn(3, 40, 64, dtype=torch.float64)
+    number_T1 = torch.linspace(0.5, 1.5, 40, dtype=torch.float64)[:, None]
+    added_TH = first_TH + number_T1 * second_TH + 0.001 * third_TH
+    found = constant_factors(added_TH, [first_TH, second_TH, third_TH])
+    assert found == [pytest.approx(1.0), None, None]
 
 
 @pytest.mark.parametrize("family", ["gemma2", "olmo2"])
