@@ -124,6 +124,22 @@ def test_a_module_that_runs_twice_does_not_tell_where(tmp_path):
     assert [residual for residual, _ in found] == [None, None]
 
 
+def test_experts_with_a_norm_of_their_own_write_to_another_space(tmp_path):
+    def add_norms(source):
+        for layer in source.layers:
+            layer.mlp.experts.has_post_expert_norm = True
+            layer.mlp.experts.post_expert_norm = torch.nn.Identity()
+
+    found = residuals(save_tiny(tmp_path, "qwen3_moe", tokenizer=False), spoil=add_norms)
+    assert [residual for residual, _ in found] == [None, None]
+
+
+def test_what_no_site_reads_is_no_place(tmp_path):
+    folder = save_tiny(tmp_path, "llama", tokenizer=False)
+    residual, _ = residuals(folder, keep=["mlp"])[1]
+    assert residual.writers.keys() == {"layers.1.self_attn.o_proj"}
+
+
 def test_a_linear_that_stays_explains_its_part(tmp_path):
     folder = save_tiny(tmp_path, "deepseek_v3", tokenizer=False)
     residual, _ = residuals(folder, keep=["shared_experts"])[1]
