@@ -138,6 +138,8 @@ def test_those_who_write_share_what_the_stream_is_off(tmp_path, asked):
     packed(model, tmp_path / "out", "stream")
     shared = asked["layers.1.mlp.shared_experts.down_proj"].lack
     assert shared.share_T == pytest.approx(0.5)
+    half_TN = 0.5 * (shared.origin_TN - shared.now_TN)
+    torch.testing.assert_close(shared.of(slice(None), torch.device("cpu")), half_TN)
     expert = asked["layers.1.experts.0.down"]
     # With both of its experts' weights g and f it takes half of g / (g^2 + f^2).
     assert torch.all(expert.lack.share_T * expert.gate_T <= 0.5 + 1e-6)
