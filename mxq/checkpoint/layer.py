@@ -240,7 +240,7 @@ def _quantize_experts(
         probes = [one.probe("down") for one in seen]
         found.unrouted.extend(_expert_of(probe.block) for probe in probes if probe.tokens == 0)
         blocks = [probe.block for probe in probes]
-        del outer, known
+        del outer, known  # as large as what the down projections need next
         known = _known_of(work, probes, None, inner, _lacks(stream, seen))
         yield from _quantize_blocks(job, blocks, known, costs.get("down"))
 

@@ -176,9 +176,11 @@ def _observe(
     What the sites read in those calls, and the residual stream under its own name, is what the
     original model has in place of what they read later.
     """
-    residual = find_residual(job.adapter, layer, calls[0]) if job.target == "stream" else None
-    if residual is None and job.target == "stream" and job.team.leads:
-        log.info("layer %d: no residual stream was found; it is fitted as with original", layer)
+    residual = None
+    if job.target == "stream":
+        residual = find_residual(job.adapter, layer, calls[0])
+        if residual is None and job.team.leads:
+            log.info("layer %d: no residual stream was found; it is fitted as with original", layer)
     captures = Captures(job.store)
     outputs: list[object] = []
 

@@ -215,9 +215,13 @@ def test_the_regression_weighs_tokens():
 
 def test_without_tokens_nothing_differs():
     nothing = torch.zeros(0, 4)
-    assert not regress(
-        nothing, Deviation(nothing, nothing), torch.zeros(0), torch.eye(4), 0.0
-    ).any()
+    wanted = Deviation(nothing, nothing)
+    assert not regress(nothing, wanted, torch.zeros(0), torch.eye(4), 0.0).any()
+
+
+def test_a_deviation_is_of_the_same_tokens():
+    with pytest.raises(ValueError, match="96 tokens here, 192 there"):
+        Deviation(torch.zeros(96, 4), torch.zeros(192, 4))
 
 
 @pytest.mark.parametrize(("factor", "share"), [(1.0, 1.0), (0.25, 0.25), (-1.0, 0.0), (3.0, 1.0)])

@@ -38,11 +38,8 @@ def save_other(folder, family, **changes):
 
 def residuals(folder, *, scope="auto", keep=(), spoil=None):
     """What is found in each layer, and what is read there: ``[(residual, stream_TH)]``."""
-    adapter, store, found = (
-        ModelAdapter(open_source(folder), scope=scope, keep=keep),
-        ActivationStore(),
-        [],
-    )
+    adapter = ModelAdapter(open_source(folder), scope=scope, keep=keep)
+    store, found = ActivationStore(), []
     if spoil is not None:
         spoil(adapter.source)
 
@@ -148,6 +145,7 @@ def test_a_linear_that_stays_explains_its_part(tmp_path):
 
 @pytest.mark.parametrize(("other", "factors"), [(0.003, [2.0, 0.5]), (0.1, [None, None])])
 def test_outputs_count_where_they_are_all_that_is_added(other, factors):
+    torch.manual_seed(1)
     first_TH, second_TH, rest_TH = torch.randn(3, 40, 64, dtype=torch.float64)
     added_TH = 2 * first_TH + 0.5 * second_TH + other * rest_TH
     found = constant_factors(added_TH, [first_TH, second_TH])
