@@ -17,6 +17,7 @@ NAMES: Mapping[str, str] = {
     "llmcompressor": "llm-compressor GPTQ, uniform",
     "llmcompressor-mxq-plan": "llm-compressor GPTQ, widths of mxq's plan, no rotation",
     "autoround": "AutoRound, widths by AutoScheme, tuned",
+    "autoround-untuned": "AutoRound, widths by AutoScheme",
     "autoround-uniform": "AutoRound, uniform, tuned",
     "modelopt": "Model-Optimizer `auto_quantize`, int2/3/4/8 symmetric, scales by mse",
 }

@@ -3,7 +3,7 @@
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,12 @@ class Peer:
 
     ``widths`` says who chooses them: ``uniform`` (the scheme of the size), ``own`` (the peer, given
     the budget) or ``mxq`` (the plan of the row ``mxq`` of that size, without its rotations).
+    ``options`` go before those of its tool.
     """
 
     tool: str
     widths: str
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def runner(self) -> Path:
@@ -42,6 +44,7 @@ PEERS: Mapping[str, Peer] = {
     "llmcompressor": Peer("llmcompressor", "uniform"),
     "llmcompressor-mxq-plan": Peer("llmcompressor", "mxq"),
     "autoround": Peer("autoround", "own"),
+    "autoround-untuned": Peer("autoround", "own", {"iters": 0}),
     "autoround-uniform": Peer("autoround", "uniform"),
     "modelopt": Peer("modelopt", "own"),
 }
@@ -138,7 +141,7 @@ def _write_job(
         "modules": [block.module for block in bench.blocks],
         "weights_in_all": sum(block.weights for block in bench.blocks),
         "schemes": None if peer.widths == "own" else chosen,
-        "options": dict(setting.options.get(peer.tool, {})),
+        "options": {**setting.options.get(peer.tool, {}), **peer.options},
     }
 
 

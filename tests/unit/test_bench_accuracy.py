@@ -91,7 +91,7 @@ def setting(tmp_path):
     rows = torch.arange(12).reshape(3, 4)
     return (
         bench.Bench(adapter, None, rows, (), 5),
-        peers.Setting(tmp_path, 1, {"toy": {"iters": 9}}),
+        peers.Setting(tmp_path, 1, {"toy": {"iters": 200, "own": 1}}),
     )
 
 
@@ -102,7 +102,7 @@ from safetensors.numpy import load_file, save_file
 import numpy
 job = json.load(sys.stdin)
 assert load_file(job["tokens"])["fit"].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
-assert (job["seed"], job["options"], job["threads"]) == (5, {"iters": 9}, 1)
+assert (job["seed"], job["options"], job["threads"]) == (5, {"iters": 9, "own": 1}, 1)
 shapes = {"m.0.up": (8, 256), "m.0.down": (16, 128)}
 schemes = job["schemes"] or {n: {"bits": 4, "group_size": None, "symmetric": True} for n in shapes}
 save_file({f"{n}.weight": numpy.ones(shapes[n], numpy.float32) for n in NAMES}, job["weights"])
@@ -120,7 +120,7 @@ def run_toy(monkeypatch, tmp_path, setting, widths, names, plan=None):
     monkeypatch.setattr(
         peers, "judge_weights", lambda bench, weights, reference: judged.update(weights) or {}
     )
-    peer = peers.Peer("toy", widths)
+    peer = peers.Peer("toy", widths, {"iters": 9})
     found = peers.judge_peer(setting[0], peer, "w2a16_g64_asym=2.5", plan, setting[1], [])
     return found, judged
 
