@@ -6,7 +6,7 @@ The rules themselves are in ``mxq.engines``; here they meet the options, the mod
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from math import inf
+from math import inf, isinf
 
 from mxq.artifacts import Allocation, BlockInfo, SensitivityTable
 from mxq.config import AllocateOptions, MeasureOptions
@@ -19,7 +19,6 @@ from mxq.engines import (
     restrict,
 )
 from mxq.models.adapter import ModelAdapter
-from mxq.profiling.losses import MeasureSettings
 from mxq.profiling.table import block_info
 from mxq.scheme import Scheme
 from mxq.search.allocate import best_of
@@ -51,17 +50,30 @@ def inside(table: SensitivityTable, options: AllocateOptions) -> Inside | None:
     rules = load_rules(options.engine)
     _check_rotation(rules, table)
     restriction = restrict(rules, table.blocks, table.schemes, options.tensor_parallel)
-    tables = tuple(
-        replace(
-            table,
-            loss=tuple(
-                tuple(loss if may else inf for loss, may in zip(losses, row, strict=True))
-                for losses, row in zip(table.loss, allowed, strict=True)
-            ),
+    tables = tuple(_keep(table, allowed) for allowed in restriction.alternatives)
+    lacking = [_block_without(found) for found in tables]
+    if all(lacking):
+        raise ValueError(
+            f"{rules.title} {rules.version} takes none of the schemes that are listed for "
+            f"{lacking[0]}; mxq check --engine {rules.engine} shows its rules"
         )
-        for allowed in restriction.alternatives
+    kept = tuple(found for found, block in zip(tables, lacking, strict=True) if block is None)
+    return Inside(rules, restriction, kept)
+
+
+def _keep(table: SensitivityTable, allowed: Sequence[Sequence[bool]]) -> SensitivityTable:
+    """The table with infinite loss for what is not allowed."""
+    loss = tuple(
+        tuple(loss if may else inf for loss, may in zip(losses, row, strict=True))
+        for losses, row in zip(table.loss, allowed, strict=True)
     )
-    return Inside(rules, restriction, tables)
+    return replace(table, loss=loss)
+
+
+def _block_without(table: SensitivityTable) -> str | None:
+    """The first block that no scheme is left for."""
+    rows = zip(table.blocks, table.loss, strict=True)
+    return next((block.name for block, losses in rows if all(map(isinf, losses))), None)
 
 
 def best_inside(found: Inside, solve: Callable[[SensitivityTable, Ties], Allocation]) -> Allocation:
@@ -126,36 +138,6 @@ def notes_for(options: AllocateOptions, measured: MeasureOptions) -> tuple[str, 
         f"{', '.join(str(scheme) for scheme in schemes)} are measured.",
         *format_warnings(rules, schemes),
     )
-
-
-def choices_of(
-    adapter: ModelAdapter, options: AllocateOptions, settings: MeasureSettings
-) -> list[list[list[Scheme]]]:
-    """The schemes that each block may have, for each alternative that an engine leaves.
-
-    Raises:
-        ValueError: If the engine takes none of the candidates of some block.
-    """
-    candidates = [settings.candidates(block) for block in adapter.blocks()]
-    if options.engine is None:
-        return [candidates]
-    rules, ranks = load_rules(options.engine), options.tensor_parallel
-    taken = restrict(rules, block_infos(adapter), settings.schemes, ranks).alternatives
-    choices = [
-        [
-            [s for s, may in zip(settings.schemes, row, strict=True) if may and s in offered]
-            for row, offered in zip(allowed, candidates, strict=True)
-        ]
-        for allowed in taken
-    ]
-    left = [each for each in choices if all(each)]
-    if not left:
-        place = next(place for place, may in enumerate(choices[0]) if not may)
-        raise ValueError(
-            f"{rules.title} {rules.version} takes none of the schemes that are listed for "
-            f"{adapter.blocks()[place].name}; mxq check --engine {rules.engine} shows its rules"
-        )
-    return left
 
 
 def block_infos(adapter: ModelAdapter) -> tuple[BlockInfo, ...]:

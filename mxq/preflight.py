@@ -4,19 +4,23 @@ A run may take hours. A solver that does not exist, a device without a file, a b
 cheapest plan or a folder that cannot be written would else be found at its end.
 """
 
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 
+from mxq.artifacts import SensitivityTable
 from mxq.checkpoint.size import block_budget
 from mxq.choices import Choices, measure_settings
 from mxq.config import AllocateOptions, MeasureOptions, OutputOptions
-from mxq.for_engine import choices_of
+from mxq.for_engine import inside
 from mxq.latency import load_pricing
 from mxq.models.adapter import ModelAdapter
-from mxq.pinning import NO_PINS, Pins, naming_pins, widest
+from mxq.pinning import NO_PINS, Pins, keep_wide, naming_pins
 from mxq.profiling.losses import MeasureSettings
-from mxq.profiling.table import check_fit
+from mxq.profiling.table import check_fit, unmeasured_table
 from mxq.publish import check_apart
+from mxq.search.prepared import check_storage, prepare, price
+from mxq.search.problem import feasible
 from mxq.search.solvers import solver_named
 
 
@@ -67,27 +71,24 @@ def check_writable(folder: Path) -> None:
 def _check_budget(
     adapter: ModelAdapter, options: AllocateOptions, settings: MeasureSettings, pins: Pins
 ) -> None:
-    """Raise ValueError if the cheapest candidate of every block is over the budget."""
+    """Raise ValueError if the cheapest plan that keeps all rules is over the budget."""
     if options.plan is not None:
         return
-    blocks = adapter.blocks()
-    is_pinned = [f"{adapter.site_of(block)}.{block.expert}" in pins for block in blocks]
-    weights = sum(block.weights for block in blocks)
+    table = unmeasured_table(adapter, settings)
+    found = inside(table, options)
+    tables, ties = ((table,), ()) if found is None else (found.tables, found.restriction.ties)
+    weights = sum(block.weights for block in adapter.blocks())
     limit = (options.bits or 0) * weights
     if options.size_bytes is not None:
         limit = block_budget(adapter, options.size_bytes)
-    cheapest = min(
-        sum(
-            min(
-                s.storage_bits(b.out_features, b.in_features) for s in (widest(may) if pin else may)
-            )
-            for b, may, pin in zip(blocks, choices, is_pinned, strict=True)
+
+    def check(candidates: SensitivityTable) -> None:
+        prepared = prepare(
+            price(keep_wide(candidates, pins), None, None),
+            granularity=options.granularity,
+            tie_gate_up=options.tie_gate_up,
+            ties=ties,
         )
-        for choices in choices_of(adapter, options, settings)
-    )
-    if cheapest > limit * (1 + 1e-9):
-        raise ValueError(
-            f"{limit / weights:.6g} bits per weight were asked for, but the cheapest plan needs "
-            f"{cheapest / weights:.6g} ({cheapest} bits, metadata included); raise the budget, or "
-            "offer a cheaper scheme"
-        )
+        check_storage(prepared.grouped, limit, weights)
+
+    feasible([partial(check, candidates) for candidates in tables])

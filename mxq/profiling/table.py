@@ -34,6 +34,23 @@ def check_fit(blocks: Sequence[LinearBlock], settings: MeasureSettings) -> None:
             )
 
 
+def unmeasured_table(adapter: ModelAdapter, settings: MeasureSettings) -> SensitivityTable:
+    """The table before anything is measured: no loss for each candidate of a block."""
+    blocks, schemes = adapter.blocks(), settings.schemes
+    offered = [set(settings.candidates(block)) for block in blocks]
+    return SensitivityTable(
+        blocks=tuple(block_info(adapter, block, 0) for block in blocks),
+        schemes=schemes,
+        loss=tuple(tuple(0.0 if s in may else math.inf for s in schemes) for may in offered),
+        quantizer=tuple(("",) * len(schemes) for _ in blocks),
+        metric=settings.metric_name,
+        unit=settings.sensitivity.unit,
+        calibration_tokens=0,
+        rotated_layers=(),
+        provenance=Provenance("", "", {}, {}),
+    )
+
+
 def make_table(
     adapter: ModelAdapter,
     batches: Batches,

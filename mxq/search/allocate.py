@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import inf
 
 import numpy as np
 
@@ -11,16 +10,24 @@ from mxq.artifacts import Allocation, SensitivityTable
 from mxq.scheme import Scheme
 from mxq.search.cost import LatencyModel
 from mxq.search.mxmoe import least_product
-from mxq.search.prepared import Prepared, Priced, group, layers_of, prepare, price
+from mxq.search.prepared import (
+    Grouped,
+    Prepared,
+    Priced,
+    check_storage,
+    group,
+    layers_of,
+    prepare,
+    price,
+)
 from mxq.search.problem import (
-    ROUNDING,
     AllocationProblem,
     Budget,
     Choice,
     Floor,
-    InfeasibleError,
     Matrix,
     Solver,
+    feasible,
 )
 from mxq.search.solvers import solver_named
 
@@ -106,15 +113,7 @@ def best_of(solves: Sequence[Callable[[], Allocation]]) -> Allocation:
     Raises:
         InfeasibleError: If none of them finds a plan: that of the last one.
     """
-    plans, failed = [], InfeasibleError("nothing to choose from")
-    for solve in solves:
-        try:
-            plans.append(solve())
-        except InfeasibleError as error:
-            failed = error
-    if not plans:
-        raise failed
-    return min(plans, key=lambda plan: plan.predicted_loss)
+    return min(feasible(solves), key=lambda plan: plan.predicted_loss)
 
 
 def uniform(
@@ -237,7 +236,7 @@ def _least_loss(question: Question) -> _Answer:
     if question.max_latency_us is not None and priced.latency is None:
         raise ValueError("max_latency_us needs cost_model and tokens")
     problem = grouped.problem
-    budgets = [_storage_within(problem, question.limit, priced.weights)]
+    budgets = [_storage_within(grouped, question.limit, priced.weights)]
     if question.max_latency_us is not None:
         budgets.append(replace(problem.budgets[1], limit=question.max_latency_us))
     limited = AllocationProblem(problem.loss, tuple(budgets), _floors(question))
@@ -258,7 +257,7 @@ def _least_product_by_layer(question: Question) -> _Answer:
         grouped = group(priced, labels, members)
         weights = float(priced.weights_B[members].sum())
         share = question.limit / priced.weights * weights
-        storage = _storage_within(grouped.problem, share, weights)
+        storage = _storage_within(grouped, share, weights)
         product = least_product(
             AllocationProblem(grouped.problem.loss, (storage,)),
             grouped.problem.budgets[-1].cost,
@@ -288,17 +287,10 @@ _OBJECTIVES: Mapping[str, Callable[[Question], _Answer]] = {
 }
 
 
-def _storage_within(problem: AllocationProblem, limit: float, weights: float) -> Budget:
+def _storage_within(grouped: Grouped, limit: float, weights: float) -> Budget:
     """The storage budget with its limit; out of reach is said in bits per weight."""
-    storage = problem.budgets[0]
-    cheapest = float(np.where(np.isfinite(problem.loss), storage.cost, inf).min(axis=1).sum())
-    if cheapest > limit * (1 + ROUNDING):
-        raise InfeasibleError(
-            f"{limit / weights:.6g} bits per weight were asked for, but the cheapest plan needs "
-            f"{cheapest / weights:.6g} ({cheapest:.0f} bits, metadata included); raise the "
-            "budget, offer a cheaper scheme, or use a finer granularity"
-        )
-    return replace(storage, limit=limit)
+    check_storage(grouped, limit, weights)
+    return replace(grouped.problem.budgets[0], limit=limit)
 
 
 def _floors(question: Question) -> tuple[Floor, ...]:

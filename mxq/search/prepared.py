@@ -12,7 +12,16 @@ import numpy as np
 from mxq.artifacts import SensitivityTable
 from mxq.search.cost import LatencyModel, storage_cost
 from mxq.search.granularity import group_labels, joined_labels
-from mxq.search.problem import AllocationProblem, Budget, Choice, Floor, Matrix, tie
+from mxq.search.problem import (
+    ROUNDING,
+    AllocationProblem,
+    Budget,
+    Choice,
+    Floor,
+    InfeasibleError,
+    Matrix,
+    tie,
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,7 +106,8 @@ def prepare(
     """A priced table with its groups; see ``mxq.search.allocate`` for the options.
 
     Raises:
-        ValueError: If there is no such granularity, or a group has no scheme in common.
+        InfeasibleError: If a group has no scheme in common.
+        ValueError: If there is no such granularity.
     """
     table = priced.table
     labels = group_labels(table.blocks, granularity, tie_gate_up=tie_gate_up)
@@ -127,6 +137,19 @@ def group(
         budgets.append(Budget("latency us", priced.latency[members], inf))
     problem = AllocationProblem(priced.loss[members], tuple(budgets), floors)
     return Grouped(*tie(problem, [labels[member] for member in members]))
+
+
+def check_storage(grouped: Grouped, limit: float, weights: float) -> None:
+    """Raise InfeasibleError, in bits per weight, if the cheapest plan needs more storage bits."""
+    problem = grouped.problem
+    needed = np.where(np.isfinite(problem.loss), problem.budgets[0].cost, inf).min(axis=1)
+    cheapest = float(needed.sum())
+    if cheapest > limit * (1 + ROUNDING):
+        raise InfeasibleError(
+            f"{limit / weights:.6g} bits per weight were asked for, but the cheapest plan needs "
+            f"{cheapest / weights:.6g} ({cheapest:.0f} bits, metadata included); raise the "
+            "budget, offer a cheaper scheme, or use a finer granularity"
+        )
 
 
 def layers_of(table: SensitivityTable) -> Mapping[int, Choice]:

@@ -7,7 +7,7 @@ be met together is found by a solver, which raises InfeasibleError if not.
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,12 +17,31 @@ from mxq.counted import counted
 Matrix = NDArray[np.float64]
 Choice = NDArray[np.intp]
 
+Found = TypeVar("Found")
+
 ROUNDING = 1e-14
 """Relative excess of a limit that counts as rounding: less than one bit in 10^13."""
 
 
 class InfeasibleError(ValueError):
     """No plan meets all limits; the message says what the cheapest plan needs."""
+
+
+def feasible(attempts: Sequence[Callable[[], Found]]) -> list[Found]:
+    """What the attempts give, without those that no plan meets.
+
+    Raises:
+        InfeasibleError: If all fail: that of the last one.
+    """
+    found, failed = [], InfeasibleError("nothing to choose from")
+    for attempt in attempts:
+        try:
+            found.append(attempt())
+        except InfeasibleError as error:
+            failed = error
+    if not found:
+        raise failed
+    return found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -170,7 +189,7 @@ def tie(
     the smaller problem into one of this problem.
 
     Raises:
-        ValueError: If the blocks of a group have no scheme in common.
+        InfeasibleError: If the blocks of a group have no scheme in common.
     """
     if len(groups) != len(problem.loss):
         raise ValueError(
@@ -183,7 +202,7 @@ def tie(
         if not np.isfinite(loss[number]).any():
             members = int((of_block == number).sum())
             have = "has" if members == 1 else "have"
-            raise ValueError(
+            raise InfeasibleError(
                 f"{counted(members, 'block')} of group {label!r} {have} no scheme in common; use a "
                 "finer granularity or offer a scheme that fits them all"
             )

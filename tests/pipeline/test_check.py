@@ -174,6 +174,10 @@ def test_another_engine_is_another_run(result, model, tmp_path):
             "takes no scheme on 5 ranks: they do not divide",
         ),
         (["--engine", "sglang", "--bits", "3"], "but the cheapest plan needs 4."),
+        (
+            ["--engine", "vllm", "--schemes", "w4a16_g32_sym;down=w8a16_g32_sym"],
+            "no scheme in common",  # vLLM has one format for all experts of a layer
+        ),
     ],
 )
 def test_a_request_that_the_engine_cannot_meet_is_refused_before_anything(

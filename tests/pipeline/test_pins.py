@@ -166,12 +166,18 @@ def test_what_was_pinned_is_told_and_pins_can_be_left_out(result, carried, tmp_p
     assert "--pin off" in told
 
 
+@pytest.mark.parametrize(
+    ("bits", "granularity"),
+    [(2.6, "block"), (3.6, "projection")],  # with it all experts of the layer are wide
+)
 def test_a_budget_that_pins_leave_no_plan_in_is_refused_before_measuring(
-    carried, tmp_path, monkeypatch
+    bits, granularity, carried, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("mxq.pipeline.run_measure", None)
-    with pytest.raises(ValueError, match=rf"1 expert pinned .*\({PINNED}\): 2\.6 bits per weight"):
-        mxq.quantize(carried, output=tmp_path / "out", bits=2.6, **FAST)
+    with pytest.raises(
+        ValueError, match=rf"1 expert pinned .*\({PINNED}\): {bits} bits per weight"
+    ):
+        mxq.quantize(carried, output=tmp_path / "out", bits=bits, granularity=granularity, **FAST)
     assert not (tmp_path / "out" / "mxq_plan.json").exists()
 
 

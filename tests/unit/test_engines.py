@@ -422,6 +422,27 @@ def test_an_engine_of_one_storage_gets_the_better_of_the_two():
         assert set(chosen.schemes.values()) == {better}
 
 
+def without(table, scheme, projection):
+    """The table with that scheme not on offer for that projection."""
+    column = table.schemes.index(Scheme.parse(scheme))
+    loss = [list(row) for row in table.loss]
+    for block, row in zip(table.blocks, loss, strict=True):
+        row[column] = np.inf if block.projection == projection else row[column]
+    return replace(table, loss=tuple(map(tuple, loss)))
+
+
+def test_a_storage_that_a_projection_does_not_list_is_left_out():
+    table = table_of(BLOCKS, parse_schemes("w8a16_g128_sym,fp8"))
+    options = AllocateOptions(bits=9, engine="sglang")
+    chosen = plan(without(table, "w8a16_g128_sym", "down"), options)["plan"]
+    assert {str(scheme) for scheme in chosen.schemes.values()} == {"fp8"}
+    neither = without(without(table, "w8a16_g128_sym", "down"), "fp8", "up")
+    with pytest.raises(
+        ValueError, match=r"takes none of the schemes that are listed for .*\.up; mx"
+    ):
+        plan(neither, options)
+
+
 def test_a_rotated_table_is_refused_with_what_to_do():
     table = table_of(BLOCKS, parse_schemes("w4a16_g128_sym"), rotated=(1,))
     with pytest.raises(ValueError, match=r"layers 1 were measured rotated, .*--rotation off"):
