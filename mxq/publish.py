@@ -163,7 +163,6 @@ def files_left(output: Path, folder: Path, record: RunRecord) -> list[str] | Non
 def record_files(folder: Path) -> dict[str, str]:
     """Digests of the files of a checkpoint, config.json last."""
     paths = sorted(folder.iterdir(), key=lambda path: (path.name == "config.json", path.name))
-    # safetensors writes under a name of its own, .tmp and six letters, which a killed run leaves.
     return {path.name: file_digest(path) for path in paths if not path.name.startswith(".")}
 
 

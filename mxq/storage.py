@@ -24,7 +24,7 @@ from mxq.scheme import Scheme
 STORAGE_VERSION = 1
 
 TEMPORARY_SUFFIX = ".mxq-part"
-"""How the name of a file ends that is not whole yet; it also starts with a dot."""
+"""How the name of a folder ends whose files are not whole yet; it also starts with a dot."""
 
 Artifact = TypeVar("Artifact")
 
@@ -101,14 +101,18 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file in the same folder, flush it and give it its name.
+    """Let ``write`` fill a file in a hidden folder beside ``path``, flush it and move it there.
+
+    The folder is there because safetensors writes under a random name beside the file it is given.
 
     Raises:
         OSError: If the disk does not take it; the old file stays, and no part of the new one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    room = path.with_name(f".write-{os.getpid()}-{path.name}{TEMPORARY_SUFFIX}")
+    temporary = room / path.name
     try:
+        room.mkdir(exist_ok=True)
         temporary.touch()
         mode = temporary.stat().st_mode  # what the user's umask gives; safetensors makes it 0600
         write(temporary)
@@ -123,7 +127,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             "run the same command again"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(room, ignore_errors=True)
 
 
 def move_whole(path: Path, target: Path) -> None:
@@ -138,8 +142,8 @@ def move_whole(path: Path, target: Path) -> None:
 
 def remove_temporaries(folder: Path) -> None:
     """Remove what killed runs left unfinished; for who alone writes to the folder."""
-    for path in folder.glob(f".*{TEMPORARY_SUFFIX}"):
-        path.unlink(missing_ok=True)
+    for room in folder.glob(f".write-*{TEMPORARY_SUFFIX}"):
+        shutil.rmtree(room, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:

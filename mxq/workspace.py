@@ -92,7 +92,8 @@ class Workspace:
             yield
             return
         with hold(self.folder, at=str(self.folder), instead="another work folder"):
-            remove_temporaries(self.folder)
+            for folder in (self.folder, *filter(Path.is_dir, self.folder.iterdir())):
+                remove_temporaries(folder)
             yield
 
     def path(self, name: str) -> Path:

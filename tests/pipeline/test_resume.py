@@ -6,6 +6,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,8 +85,9 @@ def without_path(text, folder):
 
 
 def test_what_a_killed_writer_left_is_no_file_of_a_checkpoint(tmp_path):
-    for name in ("config.json", "model-0.safetensors", ".tmpnbGc44"):
+    for name in ("config.json", "model-0.safetensors"):
         (tmp_path / name).write_text(name)
+    (tmp_path / ".write-7-model-1.safetensors.mxq-part").mkdir()
     assert list(record_files(tmp_path)) == ["model-0.safetensors", "config.json"]
 
 
@@ -454,7 +457,25 @@ def test_a_second_run_in_a_work_folder_is_refused_with_the_first_ones_process(tm
 def test_the_lock_of_a_killed_run_is_no_lock(tmp_path):
     work = Workspace(tmp_path)
     (tmp_path / LOCK).write_text("process 1 on elsewhere")
-    part = tmp_path / ".profile.json.77.mxq-part"
-    part.write_text("{")
     with work.locked():
-        assert not part.exists()
+        pass
+
+
+def test_what_a_killed_write_left_goes_and_nothing_else(tmp_path):
+    program = (
+        "import os, sys\nfrom pathlib import Path\nfrom mxq.storage import write_whole\n"
+        "def die(path):\n"
+        "    for name in (path, path.parent / '.tmpnbGc44'):\n"  # as safetensors does
+        "        name.write_text('half')\n"
+        "    os._exit(1)\n"
+        "write_whole(Path(sys.argv[1]), die)\n"
+    )
+    work, kept = Workspace(tmp_path), tmp_path / ".mine.mxq-part"
+    kept.mkdir()
+    for path in (tmp_path / "profile.json", tmp_path / "curvature" / "layer-0.safetensors"):
+        path.parent.mkdir(exist_ok=True)
+        assert subprocess.run([sys.executable, "-c", program, path], check=False).returncode == 1
+        assert len(list(path.parent.glob(".write-*"))) == 1
+    with work.locked():
+        left = {path.name for path in tmp_path.rglob("*")}
+    assert left == {LOCK, "curvature", ".mine.mxq-part"}
