@@ -3,15 +3,15 @@
     python benchmarks/bench_pipeline.py --model MODEL --calibration file:PATH --peers FOLDER \
         --json benchmarks/results/pipeline-NAME.json
 
-Cases, each in a fresh process with cold caches: mxq (eight schemes, `--effort fast`) on a small
-model and, with four schemes, on a random one of 10^9 parameters that is written here; AutoRound's
-AutoScheme with export and llm-compressor's GPTQ on the small one, in environments of their own
-(benchmarks/peers/make_environments.sh FOLDER). All get the same token ids and number of threads,
-quantize every linear of the decoder layers, and load the model within the time; imports are timed
-apart. The file is written after each case, and the same command goes on where it stopped. Nothing
-else should run on the machine meanwhile; each row has the load that it started under. Where
-something does, ``--loaded`` runs with one thread and keeps the rows apart: no total and no goal is
-taken from them, but the processor's seconds of mxq's steps.
+Cases (benchmarks/README.md lists them), each in a fresh process with cold caches: mxq on a small
+model and on a random one of 10^9 parameters that is written here; AutoRound and llm-compressor on
+the small one, in environments of their own (benchmarks/peers/make_environments.sh FOLDER). All get
+the same token ids and number of threads, quantize every linear of the decoder layers, and load the
+model within the time; imports are timed apart. The file is written after each case, and the same
+command goes on where it stopped. Nothing else should run on the machine meanwhile; each row has the
+load that it started under. Where something does, ``--loaded`` runs with one thread and keeps the
+rows apart: the processor's seconds of mxq's steps are taken from them, and neither seconds of the
+clock nor goals.
 """
 
 import argparse

@@ -11,6 +11,7 @@
 scripts/test.sh makes the interpreter with the oldest Triton.
 """
 
+import argparse
 import ast
 import json
 import sys
@@ -267,6 +268,7 @@ def cost_row(figures: KernelFigures, plan: TilePlan) -> dict[str, int]:
 
 def main() -> None:
     """Compile everything with both versions, side by side."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     of_cost = {case.name: case for case in cost_cases()}
     with tempfile.TemporaryDirectory() as name:
         cases = {case.name: case for case in gemm_cases()}

@@ -3,6 +3,7 @@
 python benchmarks/make_results_page.py
 """
 
+import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ README_END = "<!-- /results -->"
 
 def main() -> None:
     """Write the page."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     parts = [
         "# Results",
         "",

@@ -83,7 +83,7 @@ def quantize(  # noqa: PLR0913  (each option stands alone and has a default)
         model: Hub id, model folder, or "demo" for the embedded model.
         output: Folder to write.
         bits: Stored bits per weight of the quantized blocks, metadata included.
-        size: Size of the whole checkpoint instead, e.g. "5.2GiB", or in bytes.
+        size: Size of all weight files instead, e.g. "5.2GiB", or in bytes.
         plan: "uniform:SCHEME" to force a plan.
         calibration: A named set, ``file:PATH``, a list of texts, token ids, a mapping from domain
             names to those, or any iterable of them. None is WikiText-2 (the embedded set for

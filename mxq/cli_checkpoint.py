@@ -113,7 +113,8 @@ def explore(
 @commands.command(rich_help_panel=RESULTS)
 def inspect(
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="A checkpoint or a work folder.")
+        Path,
+        typer.Argument(metavar="FOLDER", help="A checkpoint, an exported one, or a work folder."),
     ],
     work: CheckpointWork = None,
 ) -> None:

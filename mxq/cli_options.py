@@ -272,7 +272,8 @@ Guard = Annotated[
     bool,
     typer.Option(
         metavar="",
-        help="Pack the largest uniform plan that fits too, and write what measures better.",
+        help="Pack the best uniform plan that fits too, and write what measures better "
+        "(none with --floor-bits).",
         rich_help_panel=RESULT,
     ),
 ]

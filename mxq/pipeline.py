@@ -271,7 +271,8 @@ def run_measure(
 ) -> SensitivityTable:
     """Stage 2: the loss of every block under every scheme.
 
-    With callables of the caller's own nothing is kept: no file tells whether they are the same.
+    With callables of the caller's own nothing of another run is taken up: no file tells whether it
+    had the same.
     """
     settings, team = measure_settings(adapter, options, choices), work.team
     recorded = _recorded(adapter, settings)
