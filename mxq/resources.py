@@ -297,23 +297,24 @@ def _memory(sizes: Sizes, work: Workload) -> dict[str, int]:
         "its loading or quantizing": max(loading, quantizing + largest),
         "one batch in it": batch,
         "freed memory, kept for reuse": KEPT_BYTES,
-        "kept activations": min(work.limit_bytes, sum(_activations(sizes, work))),
+        "kept activations": min(work.limit_bytes, max(map(sum, _activations(sizes, work)))),
     }
 
 
-def _activations(sizes: Sizes, work: Workload) -> tuple[int, int]:
-    """Bytes of kept activations: hidden states, and inputs and gradients of a layer's sites."""
-    gradients = work.settings.sensitivity.needs_gradients
-    passes = 2 if work.plans else 1  # the same tokens pass the original layers beside
-    depth = max(len(sizes.blocks) + 2 if gradients else 0, 2 * passes)
-    cold = FLOAT_BYTES * work.tokens * sizes.hidden * depth
+def _activations(sizes: Sizes, work: Workload) -> list[tuple[int, int]]:
+    """Bytes of activations that are kept by the stage that measures and, if any, that packs.
+
+    Of each: hidden states, and what the sites of one layer read (and its gradients).
+    """
     inputs = max(_activation_widths(sizes, layer) for layer in range(len(sizes.blocks)))
-    widths = 2 * inputs if gradients else inputs
+    gradients = work.settings.sensitivity.needs_gradients
+    stages = [(len(sizes.blocks) + 2, 2 * inputs) if gradients else (2, inputs)]
     if work.plans:
-        # Beside the original's, and with the stream that both have.
-        widths = max(widths, passes * (inputs + sizes.hidden))
+        # The same tokens pass the original layers beside, and both have a stream.
+        stages.append((4, 2 * (inputs + sizes.hidden)))
+    one = FLOAT_BYTES * work.tokens
     # Each batch's, and those of all batches in one.
-    return cold, 2 * FLOAT_BYTES * work.tokens * widths
+    return [(one * sizes.hidden * depth, 2 * one * widths) for depth, widths in stages]
 
 
 def _activation_widths(sizes: Sizes, layer: int) -> int:
@@ -324,16 +325,21 @@ def _activation_widths(sizes: Sizes, layer: int) -> int:
 
 
 def _disk(sizes: Sizes, work: Workload) -> dict[str, int]:
+    """Of the stage that takes more: activations are gone when it ends, and packing comes last."""
     weights = sum(block.weights for layer in sizes.blocks for block in layer)
-    cold, hot = _activations(sizes, work)
-    in_memory = min(cold, int(COLD_SHARE * work.limit_bytes))
-    return {
-        "packed checkpoints": work.plans * (int(weights * work.bits / 8) + sizes.kept_bytes),
-        "activations over the limit": cold
-        - in_memory
-        + max(0, hot - (work.limit_bytes - in_memory)),
-        **_gradients(sizes, work),
-    }
+    packed = work.plans * (int(weights * work.bits / 8) + sizes.kept_bytes)
+    measuring, *packing = (_spilled(*kept, work.limit_bytes) for kept in _activations(sizes, work))
+    stages = [{"activations over the limit": measuring}]
+    stages += [
+        {"packed checkpoints": packed, "activations over the limit": spilled} for spilled in packing
+    ]
+    return max(stages, key=lambda parts: sum(parts.values())) | _gradients(sizes, work)
+
+
+def _spilled(cold: int, hot: int, limit: int) -> int:
+    """Bytes of kept activations that go to files."""
+    in_memory = min(cold, int(COLD_SHARE * limit))
+    return cold - in_memory + max(0, hot - (limit - in_memory))
 
 
 def _gradients(sizes: Sizes, work: Workload) -> dict[str, int]:

@@ -70,11 +70,22 @@ def test_disk_is_both_checkpoints_and_all_activations_without_memory(adapter):
     disk = estimate(sizes, work_of(adapter), RATES).disk_bytes
     weights = 2 * (EXPERTS + SHARED)
     assert disk["packed checkpoints"] == 2 * (weights // 2 + sizes.kept_bytes)
-    # Hidden states of both layers, the last ones and their gradients; then of one layer the inputs
-    # of gate, up (64) and down (32) of the shared expert and of the experts (64), and the stream
-    # that they write to (64), beside those of the original, by batch and joined.
-    hidden, sites = 176 * 64 * 4 * 4, 176 * (64 + 64 + 32 + 64 + 64) * 4
-    assert disk["activations over the limit"] == hidden + 2 * 2 * sites
+    # Hidden states of before and after a layer; then of one layer the inputs of gate, up (64) and
+    # down (32) of the shared expert and of the experts (64), and the stream that they write to
+    # (64), by batch and joined; all of it beside that of the original.
+    hidden, sites = 176 * 64 * 4 * 2, 176 * (64 + 64 + 32 + 64 + 64) * 4
+    assert disk["activations over the limit"] == 2 * (hidden + 2 * sites)
+
+
+def test_disk_is_that_of_measuring_where_it_takes_more_than_packing(adapter):
+    sizes = sizes_of(adapter)
+    deep = replace(sizes, blocks=sizes.blocks * 100)
+    disk = estimate(deep, replace(work_of(adapter), bits=0.0), RATES).disk_bytes
+    # Hidden states of 200 layers, the last ones and their gradients; of one layer what its sites
+    # read, and the gradients, by batch and joined. The packed ones are what is not quantized.
+    hidden, sites = 176 * 64 * 4 * 202, 176 * (64 + 64 + 32 + 64) * 4
+    assert disk == {"activations over the limit": hidden + 2 * 2 * sites}
+    assert hidden > 2 * sizes.kept_bytes
 
 
 def test_memory_takes_what_disk_does_not(adapter):
