@@ -28,7 +28,7 @@ class InfeasibleError(ValueError):
 
 
 def feasible(attempts: Sequence[Callable[[], Found]]) -> list[Found]:
-    """What the attempts give, without those that no plan meets.
+    """What the attempts give, but for those that are infeasible.
 
     Raises:
         InfeasibleError: If all fail: that of the last one.
