@@ -29,13 +29,21 @@ class Machine:
     disk_bytes: int
 
 
+ROWS = 16
+"""Rows that are multiplied at a time, each by a matrix of its own: more than a cache holds."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Speeds of this machine: multiply-adds count as two operations."""
+    """Speeds of this machine: multiply-adds count as two operations.
+
+    ``row_operations_per_second`` are those of single rows times matrices, which memory limits.
+    """
 
     operations_per_second: float
     searched_weights_per_second: float
     read_bytes_per_second: float = 1e9
+    row_operations_per_second: float = 1e10
 
 
 def machine(folder: Path) -> Machine:
@@ -55,12 +63,18 @@ def free_disk(folder: Path) -> int:
 
 
 def measure_rates(device: torch.device = CPU) -> Rates:
-    """Matrix products and the clip search, timed on matrices of a usual size."""
+    """Products of matrices and of rows, and the clip search, timed on a usual size."""
     generator = torch.Generator().manual_seed(0)
     x, w = (torch.randn(n, 1024, generator=generator).to(device) for n in (512, 1024))
     product = _fastest(lambda: x @ w.T)
     search = _fastest(lambda: search_grid(w[:128], Scheme.parse("w4a16_g128_asym"))[0])
-    return Rates(2 * 512 * 1024 * 1024 / product, 128 * 1024 / search)
+    square = w.expand(ROWS, 1024, 1024).contiguous()
+    rows = _fastest(lambda: (x[:ROWS, None] @ square)[:, 0])
+    return Rates(
+        2 * 512 * 1024 * 1024 / product,
+        128 * 1024 / search,
+        row_operations_per_second=2 * ROWS * 1024 * 1024 / rows,
+    )
 
 
 def _free_memory() -> int:

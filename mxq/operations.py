@@ -8,15 +8,16 @@ from mxq.quantizers.descent import TURNS
 from mxq.quantizers.kronecker import SWEEPS
 
 
-def refine_again(blocks: Sequence[LinearBlock]) -> float:
-    """Operations to refine every block once more under the moments of its gradients.
+def refine_again(blocks: Sequence[LinearBlock], rates: Rates) -> float:
+    """Seconds to refine every block once more under the moments of its gradients.
 
-    In each sweep every column passes those of its outputs a number of times, and those of its
-    inputs twice: within its group, and from there to all others.
+    In each sweep every column passes those of its outputs a number of times, as a row of its own,
+    and with others those of its inputs twice: within its group, and from there to all others.
     """
-    return SWEEPS * sum(
-        2.0 * b.weights * ((2 + TURNS) * max(piece_sizes(b.out_features)) + 2 * b.in_features)
-        for b in blocks
+    rows = sum(2.0 * b.weights * (2 + TURNS) * max(piece_sizes(b.out_features)) for b in blocks)
+    products = sum(4.0 * b.weights * b.in_features for b in blocks)
+    return SWEEPS * (
+        rows / rates.row_operations_per_second + products / rates.operations_per_second
     )
 
 

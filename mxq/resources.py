@@ -366,8 +366,8 @@ def _seconds(sizes: Sizes, work: Workload, rates: Rates) -> dict[str, float]:
     operations = factors(blocks) if products else 0.0
     operations += moments(sizes.share, blocks, work.fit_tokens)
     inputs = operations / rates.operations_per_second / work.processes
-    again = refine_again(blocks) if work.settings.method.reads_gradients else 0.0
-    again /= rates.operations_per_second * work.processes
+    again = refine_again(blocks, rates) if work.settings.method.reads_gradients else 0.0
+    again /= work.processes
     # Forward twice and backward once, or forward once; the experts' probes; outputs by scheme.
     runs = (5 if work.settings.sensitivity.needs_gradients else 3) + 2 * len(work.settings.schemes)
     measured = (len(integers) + (tries - 1)) * one + tries * inputs

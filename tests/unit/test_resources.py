@@ -134,6 +134,17 @@ def test_a_forward_counts_the_experts_that_a_token_takes(adapter):
     assert estimate(sizes, work, slow).seconds["measured loss"] == pytest.approx(forward)
 
 
+def test_rows_that_change_together_take_the_time_of_rows_times_matrices(adapter):
+    sizes, work = sizes_of(adapter), work_of(adapter, quantizer="kronecker")
+    slow = Rates(1e30, 1e30, 1e30, row_operations_per_second=1e6)
+    # Sixteen sweeps over every weight, eight times two operations for each of its outputs: of five
+    # experts in two layers gate and up have 32 outputs and down has 64.
+    operations = 16 * 8 * 2 * 2 * 5 * (2 * 64 * 32 * 32 + 64 * 32 * 64)
+    assert estimate(sizes, work, slow).seconds["pack"] == pytest.approx(2 * operations / 1e6)
+    refined = replace(work, settings=work_of(adapter, quantizer="refined").settings)
+    assert estimate(sizes, refined, slow).seconds["pack"] < 1e-6
+
+
 def test_processes_share_the_quantizing_but_not_the_forwards(adapter):
     sizes, free = sizes_of(adapter), replace(RATES, read_bytes_per_second=1e30)
     one, four = (
@@ -208,6 +219,7 @@ def test_rates_are_those_of_a_machine():
     rates = machine.measure_rates()
     assert 1e7 < rates.operations_per_second < 1e15
     assert 1e4 < rates.searched_weights_per_second < 1e12
+    assert 1e7 < rates.row_operations_per_second < 1e15
 
 
 @pytest.mark.parametrize(
