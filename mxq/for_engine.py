@@ -19,7 +19,7 @@ from mxq.engines import (
     restrict,
 )
 from mxq.models.adapter import ModelAdapter
-from mxq.profiling.table import block_info
+from mxq.profiling.table import block_infos
 from mxq.scheme import Scheme
 from mxq.search.allocate import best_of
 from mxq.search.problem import InfeasibleError
@@ -138,11 +138,6 @@ def notes_for(options: AllocateOptions, measured: MeasureOptions) -> tuple[str, 
         f"{', '.join(str(scheme) for scheme in schemes)} are measured.",
         *format_warnings(rules, schemes),
     )
-
-
-def block_infos(adapter: ModelAdapter) -> tuple[BlockInfo, ...]:
-    """The blocks of a model that was not run, so without tokens."""
-    return tuple(block_info(adapter, block, 0) for block in adapter.blocks())
 
 
 def _menu(

@@ -39,7 +39,7 @@ def unmeasured_table(adapter: ModelAdapter, settings: MeasureSettings) -> Sensit
     blocks, schemes = adapter.blocks(), settings.schemes
     offered = [set(settings.candidates(block)) for block in blocks]
     return SensitivityTable(
-        blocks=tuple(block_info(adapter, block, 0) for block in blocks),
+        blocks=block_infos(adapter),
         schemes=schemes,
         loss=tuple(tuple(0.0 if s in may else math.inf for s in schemes) for may in offered),
         quantizer=tuple(("",) * len(schemes) for _ in blocks),
@@ -142,6 +142,11 @@ def _reads_no_less(scheme: Scheme, other: Scheme) -> bool:
     if scheme.a_bits == 16:
         return True
     return scheme.kind == other.kind and other.a_bits <= scheme.a_bits
+
+
+def block_infos(adapter: ModelAdapter) -> tuple[BlockInfo, ...]:
+    """The blocks of a model that was not run, so without tokens."""
+    return tuple(block_info(adapter, block, 0) for block in adapter.blocks())
 
 
 def block_info(adapter: ModelAdapter, block: LinearBlock, tokens: int) -> BlockInfo:

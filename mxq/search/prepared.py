@@ -20,6 +20,7 @@ from mxq.search.problem import (
     Floor,
     InfeasibleError,
     Matrix,
+    least_cost,
     tie,
 )
 
@@ -141,9 +142,7 @@ def group(
 
 def check_storage(grouped: Grouped, limit: float, weights: float) -> None:
     """Raise InfeasibleError, in bits per weight, if the cheapest plan needs more storage bits."""
-    problem = grouped.problem
-    needed = np.where(np.isfinite(problem.loss), problem.budgets[0].cost, inf).min(axis=1)
-    cheapest = float(needed.sum())
+    cheapest = least_cost(grouped.problem.loss, grouped.problem.budgets[0].cost)
     if cheapest > limit * (1 + ROUNDING):
         raise InfeasibleError(
             f"{limit / weights:.6g} bits per weight were asked for, but the cheapest plan needs "

@@ -262,13 +262,18 @@ def _check_loss(loss: Matrix) -> None:
         )
 
 
+def least_cost(loss: Matrix, cost: Matrix) -> float:
+    """What the cheapest of the schemes that are available to each block cost, summed."""
+    return float(np.where(np.isfinite(loss), cost, np.inf).min(axis=1).sum())
+
+
 def _check_budget(problem: AllocationProblem, budget: Budget) -> None:
     if budget.cost.shape != problem.loss.shape:
         raise ValueError(
             f"budget {budget.name!r} has costs of shape {budget.cost.shape}, "
             f"the loss has {problem.loss.shape}"
         )
-    cheapest = float(np.where(np.isfinite(problem.loss), budget.cost, np.inf).min(axis=1).sum())
+    cheapest = least_cost(problem.loss, budget.cost)
     if cheapest > _grown(budget.limit):
         raise InfeasibleError(
             f"budget {budget.name!r} is {budget.limit:.6g}, but the cheapest plan needs "
